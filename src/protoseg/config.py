@@ -1,0 +1,216 @@
+"""Every setting of protoseg, typed, in one place. Only data: no torch, no import paths, no behaviour.
+
+Names are `Literal`s that equal the keys of the tables they choose from (`tests/test_config.py`). Sizes are always
+(height, width). A field that is `None` means "what the preset, the data set or the weights say".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DatasetName = Literal[
+    "folder", "camvid", "ade20k", "cityscapes", "coco_stuff_10k", "coco_stuff_164k", "voc", "synthetic"
+]
+NetworkName = Literal[
+    "fcn_resnet101",
+    "hrnetv2_w48",
+    "upernet_swin_base",
+    "segformer_mit_b4",
+    "mobilenetv2_light",
+    "tiny",
+    "timm",  # any timm backbone with any decoder: see Model.backbone and Model.decoder
+]
+DecoderName = Literal["light", "fcn", "concat", "fpn", "upernet", "unet", "deeplabv3", "deeplabv3plus", "pan", "segformer"]
+HeadName = Literal["prototype", "softmax", "softmax_projected", "cosine"]
+PresetName = Literal["default", "reference", "reference_fixed"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which pictures, and how a training sample is cut from them.
+
+    Args:
+        name: the layout on disk; `folder` is your own data, `synthetic` is generated and needs no files.
+        root: the data set's folder. Empty: the environment variable `PROTOSEG_<NAME>`, e.g. `PROTOSEG_CAMVID`.
+        file: the small YAML that describes a `folder` set (default: `<root>/dataset.yaml`).
+        train_split, val_split, test_split: names of the splits as the data set calls them.
+        base_size: short side in pixels every image is resized to before augmentation and before evaluation
+            (aspect kept); `None` keeps the original size. Metrics are always at the original label size.
+        max_long_side: upper bound of the long side after `base_size`.
+        crop_size: (height, width) of a training crop.
+        scale_range: random resize factor of a training image, log-uniform over this range.
+        cat_max_ratio: a crop is drawn again (10 times at most) while one class covers more than this share.
+        hflip: probability of a horizontal flip.
+        photometric: random brightness, contrast, saturation and hue.
+        workers: loader processes per rank.
+        exif: apply the EXIF orientation to image and mask alike.
+        limit: use only the first so many pairs of each split (smoke runs).
+        length: `synthetic` only, the number of generated training scenes.
+    """
+
+    name: DatasetName = "synthetic"
+    root: str = ""
+    file: str = ""
+    train_split: str = "train"
+    val_split: str = "val"
+    test_split: str = "test"
+    base_size: int | None = None
+    max_long_side: int | None = None
+    crop_size: tuple[int, int] = (512, 512)
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    cat_max_ratio: float = 0.75
+    hflip: float = 0.5
+    photometric: bool = True
+    workers: int = 2
+    exif: bool = False
+    limit: int | None = None
+    length: int = 256
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network below the head.
+
+    Args:
+        network: one of the named networks, or `timm` for any `backbone` with any `decoder`.
+        backbone: timm model name, used by `network: timm`.
+        decoder: decoder name, used by `network: timm`.
+        decoder_channels: output width of the decoder where it can be chosen; `None`: the network's own.
+        pretrained: load ImageNet weights of the backbone from the hub.
+        weights: a local safetensors file for the backbone; wins over `pretrained`.
+        drop_path: stochastic depth rate of transformer backbones; `None`: the network's own.
+        auxiliary_weight: weight of an auxiliary FCN loss on the stride-16 map; 0 switches it off.
+    """
+
+    network: NetworkName = "mobilenetv2_light"
+    backbone: str = ""
+    decoder: DecoderName = "light"
+    decoder_channels: int | None = None
+    pretrained: bool = False
+    weights: str = ""
+    drop_path: float | None = None
+    auxiliary_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """The classifier: prototypes, or one of the parametric baselines. `None`: what the preset says.
+
+    The fields below `preset` are arguments of `protoseg.PrototypeHead`, documented there.
+    """
+
+    kind: HeadName = "prototype"
+    preset: PresetName = "default"
+    num_prototypes: int = 10
+    embed_dim: int | None = None
+    projection: Literal["mlp", "linear", "none"] = "mlp"
+    class_weights: tuple[float, ...] | None = None
+    start: Literal["random", "data", "truncated_normal"] | None = None
+    momentum: float | None = None
+    momentum_rule: Literal["constant", "bias_corrected", "count_aware"] | None = None
+    assignment: Literal["argmax", "nearest", "gumbel"] | None = None
+    update_from: Literal["all", "correct"] | None = None
+    kappa: float | None = None
+    sinkhorn_iterations: int | None = None
+    score_scale: float | None = None
+    learn_scale: bool | None = None
+    contrast_temperature: float | None = None
+    contrast_weight: float | None = None
+    distance_weight: float | None = None
+    contrast_siblings: bool | None = None
+    reseed_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimiser and schedule, counted in optimiser steps.
+
+    Args:
+        name: `adamw` or `sgd` (momentum 0.9 by default).
+        lr: peak learning rate. `head_lr` multiplies it for decoder and head.
+        schedule: `poly` falls as (1 - t/T)^power from `lr` to `min_lr`; `cosine` as half a cosine.
+        warmup_steps, warmup_ratio: linear ramp from `lr * warmup_ratio`.
+        decay_norm: whether weight decay also acts on norms, biases and position embeddings.
+        clip: largest gradient norm; 0 switches clipping off.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    head_lr: float = 1.0
+    weight_decay: float = 0.01
+    decay_norm: bool = False
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    power: float = 0.9
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    warmup_ratio: float = 1e-6
+    clip: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a whole image is segmented; the same for validation, test and prediction.
+
+    Args:
+        mode: `whole` image in one pass, or `slide`: overlapping windows, probabilities averaged.
+        window, stride: (height, width) of `slide`.
+        scales: image scales whose probabilities are averaged.
+        flip: also average the horizontally flipped image.
+        boundary: also compute boundary IoU (slower).
+    """
+
+    mode: Literal["whole", "slide"] = "whole"
+    window: tuple[int, int] = (512, 512)
+    stride: tuple[int, int] = (341, 341)
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    boundary: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run, whole.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: GLOBAL batch: images per optimiser step over all devices and accumulated micro-batches.
+        micro_batch: images per device and forward pass; `None`: batch_size / devices. Fewer devices accumulate.
+        seed: everything random is a function of it.
+        out: the run folder. An existing run there is refused unless `resume` says otherwise.
+        resume: `auto` continues `out` if it holds a checkpoint, else starts; a path names the checkpoint.
+        ema: decay of an exponential moving average of the weights; 0 switches it off.
+        val_every: steps between validations (0: only at the end). checkpoint_every likewise for `last.ckpt`.
+        devices: processes per machine; 0: all at hand.
+    """
+
+    data: Data = Data()
+    model: Model = Model()
+    head: Head = Head()
+    optim: Optim = Optim()
+    evaluation: Evaluation = Evaluation()
+    steps: int = 80_000
+    batch_size: int = 16
+    micro_batch: int | None = None
+    seed: int = 0
+    out: str = "runs/train"
+    resume: str = ""
+    ema: float = 0.0
+    val_every: int = 1000
+    checkpoint_every: int = 500
+    log_every: int = 50
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    nodes: int = 1
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    deterministic: bool = True
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong. The message names it (file, value, count) and the next step."""
+
+
+class DataError(UserError):
+    """A data set, image or mask that cannot be used as it is."""
