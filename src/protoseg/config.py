@@ -21,7 +21,9 @@ NetworkName = Literal[
     "tiny",
     "timm",  # any timm backbone with any decoder: see Model.backbone and Model.decoder
 ]
-DecoderName = Literal["light", "fcn", "concat", "fpn", "upernet", "unet", "deeplabv3", "deeplabv3plus", "pan", "segformer"]
+DecoderName = Literal[
+    "light", "fcn", "concat", "fpn", "upernet", "unet", "deeplabv3", "deeplabv3plus", "pan", "segformer"
+]
 HeadName = Literal["prototype", "softmax", "softmax_projected", "cosine"]
 PresetName = Literal["default", "reference", "reference_fixed"]
 

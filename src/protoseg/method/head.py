@@ -1,0 +1,361 @@
+"""`PrototypeHead`: the files of this room in the paper's order, for anybody's network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoseg.method import clustering, ranks
+from protoseg.method.losses import (
+    Losses,
+    pixel_prototype_contrast,
+    pixel_prototype_distance,
+    segmentation_cross_entropy,
+    total_loss,
+)
+from protoseg.method.presets import PRESETS
+from protoseg.method.prototypes import (
+    MomentumRule,
+    Start,
+    assigned_sums,
+    least_like_their_own,
+    momentum_step,
+    pairwise_cosine,
+    starting_vectors,
+    starting_weight,
+)
+from protoseg.method.similarity import class_similarity, cosine_similarity, embed, own_similarity, unit
+
+Projection = Literal["mlp", "linear", "none"]
+ASSIGNMENTS = {"argmax": clustering.balanced_assignment, "nearest": clustering.nearest_assignment}
+USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
+DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
+
+
+def build_projection(in_channels: int, embed_dim: int, kind: Projection = "mlp") -> nn.Module:
+    """From features to the embedding: `mlp` is the paper's conv1x1, ReLU, conv1x1; `linear` one conv1x1; or `none`.
+
+    Raises:
+        ValueError: `none` with different widths, or an unknown kind.
+    """
+    if kind == "none":
+        if in_channels != embed_dim:
+            raise ValueError(
+                f'projection="none" keeps the {in_channels} channels of the features, but embed_dim is {embed_dim}'
+            )
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Conv2d(in_channels, embed_dim, 1)
+    if kind == "mlp":
+        return nn.Sequential(
+            nn.Conv2d(in_channels, in_channels, 1), nn.ReLU(inplace=True), nn.Conv2d(in_channels, embed_dim, 1)
+        )
+    raise ValueError(f'projection must be "mlp", "linear" or "none", given {kind!r}')
+
+
+class PrototypeHead(nn.Module):
+    """A pixel classifier of K non-learnable prototypes per class (Zhou et al., CVPR 2022).
+
+        head = PrototypeHead(256, num_classes=19)
+        scores = head(features)                       # (B, C, h, w)
+        losses = head.losses(features, labels)        # .total .ce .ppc .ppd .assignment
+        losses.total.backward(); optimizer.step()
+        head.update(losses)                           # the only line that moves a prototype
+
+    `prototypes` is a buffer: it travels in `state_dict`, is never a Parameter, and is the same on every rank, so data
+    parallel training may run with `broadcast_buffers=False` and needs no `find_unused_parameters`.
+
+    Args:
+        in_channels: channels of the features.
+        num_classes: C.
+        num_prototypes: K per class.
+        embed_dim: D; default 256 with a projection (the preset `reference`: as many as `in_channels`).
+        projection: `mlp`, `linear` or `none`.
+        preset: `default`, `reference` (the 2022 code, step for step) or `reference_fixed` (its constants, with the
+            norm over channels and one arg-max assignment). Each argument below overrides the preset's value.
+        ignore_index: the void label.
+        class_weights: C numbers, weights of the cross-entropy.
+        projection_norm: `channel`, or `width` (the reference's mistake).
+        feature_norm: `none`, or `layer_norm` over the D channels before the unit length.
+        score_norm: `none`, or `layer_norm` over the C classes (ties 2C learned numbers to the classes).
+        score_scale: what a cosine is multiplied by to be a logit; `learn_scale` makes it the head's one learned number.
+        assignment: `argmax` of the transport plan, `nearest` prototype, `gumbel` (the reference's draw for the update,
+            argmax for the losses), or a function with the signature of `clustering.balanced_assignment`.
+        update_from: `all` labelled pixels, or only those classified `correct`ly.
+        across_ranks: `exact`: sums and counts over all ranks, equal to one process with the whole batch; `average`:
+            each rank clusters and moves by itself, then the prototypes are averaged (the reference).
+        start: `random` near-orthogonal vectors; `data`: the first pixels of a prototype replace them;
+            `truncated_normal`.
+        momentum: mu of Eq. (8). momentum_rule, count_cap: see `prototypes.momentum_step`.
+        kappa, sinkhorn_iterations: of Eq. (4).
+        contrast_temperature: tau of Eq. (5). contrast_weight, distance_weight: lambda1, lambda2 of Eq. (7).
+        contrast_siblings: whether the other prototypes of the own class are negatives of Eq. (5).
+        reseed_after: steps a prototype may idle (less than a tenth of its share) while its class is seen, before it is
+            set on the pixel of its class that is least like its own prototypes; None switches that off.
+        align_corners: of the bilinear resize from scores to labels.
+        label_sampling: how labels go to feature size.
+    """
+
+    prototypes: Tensor
+    weight: Tensor
+    length: Tensor
+    usage: Tensor
+    idle: Tensor
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        num_prototypes: int = 10,
+        embed_dim: int | None = None,
+        projection: Projection = "mlp",
+        preset: str = "default",
+        ignore_index: int = 255,
+        class_weights: Sequence[float] | None = None,
+        count_cap: float = 1000.0,
+        **named: Any,
+    ):
+        super().__init__()
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, given {preset!r}")
+        unknown = set(named) - set(PRESETS[preset])
+        if unknown:
+            raise TypeError(f"PrototypeHead has no argument {', '.join(sorted(unknown))}")
+        for name, value in {"num_classes": num_classes, "num_prototypes": num_prototypes}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, given {value}")
+        settings = PRESETS[preset] | named
+        if embed_dim is None:
+            embed_dim = in_channels if projection == "none" or preset.startswith("reference") else 256
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.num_prototypes = num_prototypes
+        self.embed_dim = embed_dim
+        self.ignore_index = ignore_index
+        self.projection_norm: Literal["channel", "width"] = settings["projection_norm"]
+        self.update_from: str = settings["update_from"]
+        self.across_ranks: str = settings["across_ranks"]
+        self.momentum: float = settings["momentum"]
+        self.momentum_rule: MomentumRule = settings["momentum_rule"]
+        self.count_cap = count_cap
+        self.kappa: float = settings["kappa"]
+        self.sinkhorn_iterations: int = settings["sinkhorn_iterations"]
+        self.contrast_temperature: float = settings["contrast_temperature"]
+        self.contrast_weight: float = settings["contrast_weight"]
+        self.contrast_siblings: bool = settings["contrast_siblings"]
+        self.distance_weight: float = settings["distance_weight"]
+        self.reseed_after: int | None = settings["reseed_after"]
+        self.align_corners: bool = settings["align_corners"]
+        self.label_sampling: str = settings["label_sampling"]
+        self.draws = settings["assignment"] == "gumbel"
+        self.assign = settings["assignment"]
+        if isinstance(self.assign, str):
+            self.assign = clustering.balanced_assignment if self.draws else ASSIGNMENTS[self.assign]
+        exact = self.across_ranks == "exact"
+        self._total = ranks.total if exact else clustering.alone
+        self._largest = ranks.largest if exact else clustering.alone
+
+        self.projection = build_projection(in_channels, embed_dim, projection)
+        self.feature_norm = nn.LayerNorm(embed_dim) if settings["feature_norm"] == "layer_norm" else nn.Identity()
+        self.score_norm = nn.LayerNorm(num_classes) if settings["score_norm"] == "layer_norm" else nn.Identity()
+        log_scale = torch.tensor(math.log(settings["score_scale"]))
+        if settings["learn_scale"]:
+            self.log_scale = nn.Parameter(log_scale)  # one number, never one per class; the log keeps it positive
+        else:
+            self.register_buffer("log_scale", log_scale)
+        start: Start = settings["start"]
+        shape = (num_classes, num_prototypes)
+        first = starting_weight(start, self.momentum, self.momentum_rule, count_cap)
+        self.register_buffer("prototypes", starting_vectors(*shape, embed_dim, start))
+        self.register_buffer("weight", torch.full(shape, first))
+        self.register_buffer("length", torch.ones(shape))
+        self.register_buffer("usage", torch.full(shape, 1 / num_prototypes))  # share of the class, moving average
+        self.register_buffer("idle", torch.zeros(shape))  # steps in which the class was seen and this was idle
+        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
+        if weights is not None and weights.shape != (num_classes,):
+            raise ValueError(f"class_weights needs {num_classes} numbers, given {weights.numel()}")
+        self.register_buffer("class_weights", weights)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, num_prototypes={self.num_prototypes}, embed_dim={self.embed_dim}"
+
+    def embed(self, features: Tensor) -> Tensor:
+        """(B, D', h, w) features -> (N, D) unit embeddings, rows (b h w), in fp32 at least."""
+        return unit(self.feature_norm(embed(self.projection(features), self.projection_norm)))
+
+    def score(self, similarity: Tensor) -> Tensor:
+        """(N, C*K) cosines -> (N, C) class scores, the logits of Eq. (2)."""
+        return self.score_norm(class_similarity(similarity, self.num_classes) * self.log_scale.exp())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D', h, w) features -> (B, C, h, w) class scores, in fp32 at least."""
+        B, _, h, w = features.shape
+        embedding = self.embed(features)
+        with torch.autocast(features.device.type, enabled=False):
+            scores = self.score(cosine_similarity(embedding, self.prototypes))
+        return scores.view(B, h, w, -1).permute(0, 3, 1, 2)
+
+    def losses(self, features: Tensor, labels: Tensor, *, gumbel: Tensor | None = None) -> Losses:
+        """Scores, clustering and all losses of one batch, with the prototypes of before this step.
+
+        Args:
+            features: (B, D', h, w).
+            labels: (B, H, W) int64 in [0, C) or `ignore_index`; any H, W. Cross-entropy is taken at this size, contrast
+                and distance at feature size.
+            gumbel: (B*h*w, K) noise of `assignment="gumbel"`, drawn here if not given.
+
+        Raises:
+            ValueError: labels of the wrong shape or type or, checked on the CPU only, out of range.
+        """
+        B, _, h, w = features.shape
+        self._check(features, labels)
+        embedding = self.embed(features)  # N D
+        with torch.autocast(features.device.type, enabled=False):
+            similarity = cosine_similarity(embedding, self.prototypes)  # N CK
+            scores = self.score(similarity)  # N C
+            classes = self._classes(labels, (h, w))  # N
+            assignment, moving = self._assign(similarity.detach(), scores.detach(), classes, gumbel)
+            ce = segmentation_cross_entropy(
+                scores.view(B, h, w, -1).permute(0, 3, 1, 2),
+                labels,
+                ignore_index=self.ignore_index,
+                class_weights=self.class_weights,
+                align_corners=self.align_corners,
+                total=self._total,
+            )
+            ppc = pixel_prototype_contrast(
+                similarity,
+                assignment,
+                temperature=self.contrast_temperature,
+                siblings=self.contrast_siblings,
+                num_prototypes=self.num_prototypes,
+                total=self._total,
+            )
+            ppd = pixel_prototype_distance(similarity, assignment, total=self._total)
+            total = total_loss(ce, ppc, ppd, self.contrast_weight, self.distance_weight)
+        parts = {"loss": total.detach(), "ce": ce.detach(), "ppc": ppc.detach(), "ppd": ppd.detach()}
+        return Losses(total, ce, ppc, ppd, assignment.view(B, h, w), embedding.detach(), moving, parts)
+
+    @torch.no_grad()
+    def update(self, losses: Losses | Sequence[Losses]) -> None:
+        """Eq. (8): move the prototypes towards the pixels they were given; call it after `backward`.
+
+        Takes the losses of one batch or of all micro-batches of an optimiser step. A loss that is not finite, on any
+        rank, moves nothing; an absent class keeps its bits.
+        """
+        batches = [losses] if isinstance(losses, Losses) else list(losses)
+        C, K = self.num_classes, self.num_prototypes
+        embedding = torch.cat([batch.embedding for batch in batches if batch.embedding is not None])
+        moving = torch.cat([batch.moving for batch in batches if batch.moving is not None])
+        broken = torch.stack([~batch.total.detach().isfinite() for batch in batches]).any()
+        broken = ranks.total(broken.to(torch.int32)) > 0  # also where ranks move apart: none may drift alone
+        sums, counts = assigned_sums(embedding, moving, C * K, self._total)
+        counts = torch.where(broken, 0, counts)
+        prototypes, weight, length = momentum_step(
+            self.prototypes,
+            self.weight,
+            self.length,
+            sums.to(self.prototypes.dtype),
+            counts.to(self.weight.dtype),
+            momentum=self.momentum,
+            rule=self.momentum_rule,
+            count_cap=self.count_cap,
+        )
+        if self.across_ranks == "average" and ranks.world_size() > 1:
+            prototypes = unit(ranks.total(prototypes / ranks.world_size()))
+        self.prototypes.copy_(prototypes)
+        self.weight.copy_(weight)
+        self.length.copy_(length)
+        self._note_usage(counts.view(C, K).to(self.usage.dtype))
+        if self.reseed_after is not None:
+            self._reseed(embedding, moving, broken)
+
+    def distinctness(self) -> dict[str, float]:
+        """How far the prototypes are from the collapse to one per class.
+
+        Returns:
+            `pairwise_cosine`: mean over classes of the mean cosine between a class's prototypes (nan for K = 1);
+            `used`: share of all prototypes with at least a tenth of an equal share of their class's training pixels.
+        """
+        used = (self.usage >= DEAD_SHARE / self.num_prototypes).float().mean()
+        return {"pairwise_cosine": float(pairwise_cosine(self.prototypes.float()).mean()), "used": float(used)}
+
+    def _check(self, features: Tensor, labels: Tensor) -> None:
+        if labels.dim() != 3 or labels.shape[0] != features.shape[0]:
+            raise ValueError(
+                f"labels must be (B, H, W) with B = {features.shape[0]} as in the features, given {tuple(labels.shape)}"
+            )
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64, given {labels.dtype}; call labels.long()")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would stop the device
+            bad = labels[((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)]
+            if bad.numel():
+                raise ValueError(
+                    f"labels hold {int(bad[0])} ({bad.numel()} pixels out of range), but the head has "
+                    f"{self.num_classes} classes; set num_classes or ignore_index (now {self.ignore_index})"
+                )
+
+    def _classes(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, H, W) labels -> (N,) class at feature size, -1 where void. float64 holds any label exactly."""
+        small = F.interpolate(labels[:, None].double(), size=size, mode=self.label_sampling).long().flatten()
+        valid = (small != self.ignore_index) & (small >= 0) & (small < self.num_classes)
+        return torch.where(valid, small, -1)
+
+    @torch.no_grad()
+    def _assign(
+        self, similarity: Tensor, scores: Tensor, classes: Tensor, gumbel: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(N,) prototype each pixel was given for the losses, and the one it will move; -1 for none."""
+        C, K = self.num_classes, self.num_prototypes
+        own = own_similarity(similarity, classes, C)  # N K
+        options: dict[str, Any] = {"total": self._total, "largest": self._largest}
+        if self.draws:
+            options |= {"kappa": self.kappa, "iterations": self.sinkhorn_iterations}
+            log_plan = clustering.sinkhorn(own, classes, C, **options)
+            index = self._reference_argmax(log_plan, classes)
+            drawn = clustering.drawn_assignment(log_plan, gumbel)
+        else:
+            index = self.assign(own, classes, C, kappa=self.kappa, iterations=self.sinkhorn_iterations, **options)
+            drawn = index
+        labelled = classes >= 0
+        moves = labelled & (scores.argmax(1) == classes) if self.update_from == "correct" else labelled
+        base = classes.clamp(min=0) * K
+        return torch.where(labelled, base + index, -1), torch.where(moves, base + drawn, -1)
+
+    def _reference_argmax(self, log_plan: Tensor, classes: Tensor) -> Tensor:
+        """The plan of a class with one pixel is uniform: an exact tie in the reference, which takes index 0."""
+        lone = clustering.class_counts(classes, self.num_classes)[classes.clamp(min=0)] == 1
+        return torch.where(lone, 0, log_plan.argmax(1))
+
+    def _note_usage(self, counts: Tensor) -> None:
+        present = counts.sum(1, keepdim=True) > 0  # C 1
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        usage = USAGE_DECAY * self.usage + (1 - USAGE_DECAY) * share
+        self.usage.copy_(torch.where(present, usage, self.usage))
+        idle = torch.where(self.usage < DEAD_SHARE / self.num_prototypes, self.idle + 1, 0)
+        self.idle.copy_(torch.where(present, idle, self.idle))
+
+    def _reseed(self, embedding: Tensor, moving: Tensor, broken: Tensor) -> None:
+        """Set at most one dead prototype of each class on the pixel that the others serve worst."""
+        C, K = self.num_classes, self.num_prototypes
+        classes = torch.where(moving < 0, -1, moving // K)
+        nearest = self.prototypes.to(embedding.dtype)[classes.clamp(min=0), (moving % K).clamp(min=0)]
+        vectors, found = least_like_their_own(embedding, (embedding * nearest).sum(1), classes, C)
+        worst = self.idle.argmax(1, keepdim=True)  # C 1
+        dead = self.idle.gather(1, worst) >= float(self.reseed_after or math.inf)
+        chosen = torch.zeros_like(self.idle, dtype=torch.bool).scatter_(1, worst, dead & found[:, None] & ~broken)
+        first = starting_weight("data", self.momentum, self.momentum_rule)
+        self.prototypes.copy_(
+            torch.where(chosen[..., None], unit(vectors)[:, None].to(self.prototypes.dtype), self.prototypes)
+        )
+        self.weight.copy_(torch.where(chosen, max(first, 1.0), self.weight))
+        self.length.copy_(torch.where(chosen, 1.0, self.length))
+        self.usage.copy_(torch.where(chosen, 1 / K, self.usage))
+        self.idle.copy_(torch.where(chosen, 0, self.idle))

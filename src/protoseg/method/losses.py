@@ -1,0 +1,128 @@
+"""Eq. (2), (5), (6), (7): cross-entropy over classes, pixel-prototype contrast and distance, their weighted sum.
+
+Every mean is over the labelled pixels of ALL ranks: each rank holds world_size * (its sum) / (global count), because
+data-parallel training averages gradients over ranks. Without a labelled pixel a loss is 0 with zero gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protoseg.method import ranks
+from protoseg.method.clustering import Reduction
+
+
+@dataclass
+class Losses:
+    """What one pass over a batch gives; `head.update` takes it to move the prototypes.
+
+    Attributes:
+        total: () the weighted sum, Eq. (7), to call `backward` on.
+        ce, ppc, ppd: () the unweighted parts of Eq. (2), (5), (6).
+        assignment: (B, h, w) int64 prototype c*K + k each pixel was given, -1 where unlabelled; None without
+            prototypes.
+        embedding: (N, D) detached unit embeddings, rows (b h w).
+        moving: (N,) int64 prototype each pixel moves, -1 for none; the same as `assignment` but for options that
+            update from a draw or from correct pixels only.
+        parts: name -> detached () tensor, for logs.
+    """
+
+    total: Tensor
+    ce: Tensor
+    ppc: Tensor
+    ppd: Tensor
+    assignment: Tensor | None = None
+    embedding: Tensor | None = None
+    moving: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def cross_entropy_only(cls, ce: Tensor) -> Losses:
+        """The losses of a parametric head."""
+        zero = torch.zeros_like(ce.detach())
+        return cls(total=ce, ce=ce, ppc=zero, ppd=zero, parts={"ce": ce.detach(), "loss": ce.detach()})
+
+
+def mean_over_labelled(values: Tensor, labelled: Tensor, total: Reduction = ranks.total) -> Tensor:
+    """Mean of (N,) `values` where (N,) `labelled` is true, over all ranks; 0 where there is none. () tensor."""
+    weight = labelled.to(values.dtype)
+    count = total(weight.sum().detach())
+    share = 1.0 if total is not ranks.total else float(ranks.world_size())
+    return share * torch.where(labelled, values, 0).sum() / count.clamp(min=1)
+
+
+def segmentation_cross_entropy(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: Tensor | None = None,
+    align_corners: bool = False,
+    total: Reduction = ranks.total,
+) -> Tensor:
+    """Eq. (2): cross-entropy of class scores at label resolution, mean over labelled pixels.
+
+    Args:
+        scores: (B, C, h, w), brought to label size bilinearly.
+        labels: (B, H, W) int64; `ignore_index` is void.
+        class_weights: (C,); the mean is then weighted by them.
+
+    Returns:
+        () scalar; 0 with zero gradient where nothing is labelled.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if scores.shape[-2:] != labels.shape[-2:]:
+        scores = F.interpolate(scores, size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
+    weights = None if class_weights is None else class_weights.to(scores.dtype)
+    summed = F.cross_entropy(scores, labels, weight=weights, ignore_index=ignore_index, reduction="sum")
+    labelled = labels != ignore_index
+    mass = labelled.to(scores.dtype)
+    if weights is not None:
+        mass = mass * weights[torch.where(labelled, labels, 0)]
+    mass = total(mass.sum())
+    share = 1.0 if total is not ranks.total else float(ranks.world_size())
+    return share * summed / torch.where(mass > 0, mass, 1)
+
+
+def pixel_prototype_contrast(
+    similarity: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 0.1,
+    siblings: bool = True,
+    num_prototypes: int = 1,
+    total: Reduction = ranks.total,
+) -> Tensor:
+    """Eq. (5), PPC: a pixel is nearer to its prototype than to all others, mean of -log softmax(x . p / tau)[target].
+
+    Args:
+        similarity: (N, C*K) cosine of every pixel with every prototype.
+        target: (N,) the prototype a pixel was given, in [0, C*K), or -1.
+        temperature: tau (paper: 0.1).
+        siblings: whether the other prototypes of the pixel's own class are negatives, as in the paper.
+        num_prototypes: K, needed where `siblings` is false.
+    """
+    logits = similarity / temperature
+    labelled = target >= 0
+    index = target.clamp(min=0)[:, None]  # N 1
+    positive = logits.gather(1, index)  # N 1
+    if not siblings:
+        owner = torch.arange(logits.shape[1], device=logits.device) // num_prototypes  # CK
+        rivals = owner[None] == index // num_prototypes  # N CK, the whole own class
+        logits = logits.masked_fill(rivals, -torch.inf)
+        logits = torch.cat([logits, positive], 1)
+    return mean_over_labelled(logits.logsumexp(1) - positive.squeeze(1), labelled, total)
+
+
+def pixel_prototype_distance(similarity: Tensor, target: Tensor, *, total: Reduction = ranks.total) -> Tensor:
+    """Eq. (6), PPD: draw a pixel to the prototype it was given, mean of (1 - x . p)^2. Arguments as in PPC."""
+    own = similarity.gather(1, target.clamp(min=0)[:, None]).squeeze(1)  # N
+    return mean_over_labelled((1 - own).square(), target >= 0, total)
+
+
+def total_loss(ce: Tensor, ppc: Tensor, ppd: Tensor, contrast_weight: float, distance_weight: float) -> Tensor:
+    """Eq. (7): L = L_CE + lambda1 L_PPC + lambda2 L_PPD."""
+    return ce + contrast_weight * ppc + distance_weight * ppd

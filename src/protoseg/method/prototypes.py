@@ -1,0 +1,140 @@
+"""Eq. (8): the C x K x D memory of prototypes: how it starts, how it moves by momentum, how dead ones are re-seeded.
+
+Functions from tensors to tensors; the head owns the buffers and writes them in place."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from protoseg.method import ranks
+from protoseg.method.clustering import Reduction
+from protoseg.method.similarity import unit
+
+Start = Literal["random", "data", "truncated_normal"]
+MomentumRule = Literal["constant", "bias_corrected", "count_aware"]
+
+
+def starting_vectors(num_classes: int, num_prototypes: int, dim: int, start: Start = "random") -> Tensor:
+    """(C, K, D) unit vectors to begin with.
+
+    `random` and `data` give near-orthogonal directions: exactly orthogonal within blocks of D vectors, so that no two
+    classes start alike (with `data` they only break the first tie; the first pixels replace them).
+    `truncated_normal` is the 2022 code's start.
+    """
+    if start == "truncated_normal":
+        vectors = nn.init.trunc_normal_(torch.empty(num_classes, num_prototypes, dim), std=0.02)
+        return unit(vectors)
+    count = num_classes * num_prototypes
+    blocks = [nn.init.orthogonal_(torch.empty(min(dim, count - i), dim)) for i in range(0, count, dim)]
+    return unit(torch.cat(blocks)).view(num_classes, num_prototypes, dim)
+
+
+def assigned_sums(
+    embedding: Tensor, prototype: Tensor, count: int, total: Reduction = ranks.total
+) -> tuple[Tensor, Tensor]:
+    """Sum and number of the pixels given to each prototype, over all ranks: reduce sums first, decide afterwards.
+
+    Args:
+        embedding: (N, D) unit vectors.
+        prototype: (N,) index in [0, count), -1 for none.
+
+    Returns:
+        (count, D) sums and (count,) counts.
+    """
+    index = torch.where(prototype < 0, count, prototype)  # pixels without one go to a row that is dropped
+    rows = torch.cat([embedding, embedding.new_ones(len(embedding), 1)], 1)  # N D+1, so that one reduction does
+    flat = embedding.new_zeros(count + 1, rows.shape[1]).index_add_(0, index, rows)
+    flat = total(flat[:count])
+    return flat[:, :-1], flat[:, -1]
+
+
+def momentum_step(
+    prototypes: Tensor,
+    weight: Tensor,
+    length: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    *,
+    momentum: float,
+    rule: MomentumRule = "constant",
+    count_cap: float = 1000.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. (8): p <- mu p + (1 - mu) m, m the unit mean of the pixels given to p; then unit length again.
+
+    `constant` is the paper's rule. `bias_corrected` divides by the weight seen so far, (1 - mu) / (1 - mu^hits): the
+    first hit replaces the start. `count_aware` weighs a step by its pixels (up to `count_cap`) and averages the means
+    themselves, not their directions, so a step of 5 pixels moves less than one of 50,000. A prototype without a
+    pixel, or with a sum that is not finite, keeps its bits.
+
+    Args:
+        prototypes: (C, K, D) unit vectors.
+        weight: (C, K) weight of what the prototype holds, 0 for nothing; see `starting_weight`.
+        length: (C, K) length of the accumulated mean whose direction the prototype is (`count_aware`; otherwise 1).
+        sums, counts: (C*K, D), (C*K,) from `assigned_sums`.
+        momentum: mu.
+
+    Returns:
+        The new prototypes, weight and length.
+    """
+    sums, counts = sums.view_as(prototypes), counts.view_as(weight)
+    hit = (counts > 0) & sums.isfinite().all(-1)  # C K
+    q = counts.clamp(max=count_cap) if rule == "count_aware" else torch.ones_like(weight)
+    new_weight = momentum * weight + q
+    step = q / new_weight.clamp(min=1e-12)  # C K
+    if rule == "constant":  # a first hit (weight 0) replaces the start, every other moves by 1 - mu
+        step = torch.where(weight > 0, 1 - momentum, 1.0)
+    step = step[..., None].to(sums.dtype)
+    if rule == "count_aware":
+        old, mean = prototypes * length[..., None], sums / counts.clamp(min=1)[..., None]
+    else:
+        old, mean = prototypes, unit(sums)
+    moved = (1 - step) * old + step * mean
+    new_length = torch.linalg.vector_norm(moved, dim=-1) if rule == "count_aware" else length
+    return (
+        torch.where(hit[..., None], unit(moved), prototypes),
+        torch.where(hit, new_weight, weight),
+        torch.where(hit, new_length, length),
+    )
+
+
+def starting_weight(start: Start, momentum: float, rule: MomentumRule, count_cap: float = 1000.0) -> float:
+    """Weight of a start that is to count as much as a memory in its steady state; `data`: 0, it counts for nothing."""
+    steady = (count_cap if rule == "count_aware" else 1.0) / max(1 - momentum, 1e-12)
+    return 0.0 if start == "data" else steady
+
+
+def least_like_their_own(embedding: Tensor, best: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """For each class, over all ranks, the labelled pixel that is least similar to its own nearest prototype.
+
+    Ties go to the pixel that comes first in the concatenated batch, so every rank agrees.
+
+    Args:
+        embedding: (N, D); best: (N,) cosine with the nearest prototype of the own class; classes: (N,), -1 for none.
+
+    Returns:
+        (C, D) embedding of that pixel (zeros for an absent class) and (C,) whether there is one.
+    """
+    n = len(embedding)
+    segments = torch.where(classes < 0, num_classes, classes)
+    miss = best.new_full((num_classes + 1,), -torch.inf).scatter_reduce_(0, segments, -best, "amax")
+    miss = ranks.largest(miss)
+    position = ranks.offset(n, embedding.device) + torch.arange(n, device=embedding.device)
+    first = torch.full((num_classes + 1,), torch.iinfo(torch.int64).min, device=embedding.device)
+    candidate = -best == miss[segments]
+    lowest = torch.iinfo(torch.int64).min + 1
+    first = ranks.largest(first.scatter_reduce_(0, segments, torch.where(candidate, -position, lowest), "amax"))
+    chosen = candidate & (-position == first[segments]) & (classes >= 0)
+    rows = embedding.new_zeros(num_classes + 1, embedding.shape[1])
+    rows.index_add_(0, torch.where(chosen, segments, num_classes), torch.where(chosen[:, None], embedding, 0))
+    return ranks.total(rows[:num_classes]), miss[:num_classes].isfinite()
+
+
+def pairwise_cosine(prototypes: Tensor) -> Tensor:
+    """(C,) mean cosine between the different prototypes of a class: 1 means they have collapsed; nan for K = 1."""
+    K = prototypes.shape[1]
+    gram = prototypes @ prototypes.transpose(1, 2)  # C K K
+    off = gram.sum((1, 2)) - gram.diagonal(dim1=1, dim2=2).sum(1)
+    return off / (K * (K - 1)) if K > 1 else torch.full_like(off, torch.nan)

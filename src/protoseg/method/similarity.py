@@ -1,0 +1,73 @@
+"""Eq. (1), (2): how near a pixel is to a prototype, and a class's score as that of its best prototype."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def unit(vectors: Tensor, dim: int = -1) -> Tensor:
+    """Vectors of length 1 along `dim`, in fp32 at least; a zero vector stays zero (eps 1e-12)."""
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=dim, eps=1e-12)
+
+
+def embed(features: Tensor, norm: Literal["channel", "width"] = "channel") -> Tensor:
+    """The embedding x of every pixel, before the unit length of Eq. (1) is taken.
+
+    Args:
+        features: (B, D, h, w) projected features.
+        norm: `channel` leaves them as they are (the unit length over channels is all that is wanted); `width` divides
+            every row of every channel by its norm along the image width, as the 2022 code does by mistake.
+
+    Returns:
+        (N, D) rows in the order (b h w), in fp32 at least.
+    """
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    if norm == "width":
+        features = unit(features, dim=-1)
+    return features.permute(0, 2, 3, 1).flatten(0, 2)  # N D
+
+
+def cosine_similarity(embedding: Tensor, prototypes: Tensor) -> Tensor:
+    """Eq. (1): cosine of every pixel with every prototype; the paper's distance is its negative.
+
+    Args:
+        embedding: (N, D) unit vectors.
+        prototypes: (C, K, D) unit vectors.
+
+    Returns:
+        (N, C*K); column c*K + k belongs to prototype k of class c.
+    """
+    return embedding @ prototypes.to(embedding.dtype).flatten(0, 1).T
+
+
+def class_similarity(similarity: Tensor, num_classes: int) -> Tensor:
+    """Eq. (1), (2): a class is as near as its nearest prototype, s_ic = max over k of x_i . p_ck.
+
+    Tied maxima share the gradient equally (`amax`): collapsed prototypes make exact ties real.
+
+    Args:
+        similarity: (N, C*K).
+
+    Returns:
+        (N, C).
+    """
+    return similarity.unflatten(1, (num_classes, -1)).amax(2)
+
+
+def own_similarity(similarity: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """Each pixel's cosine with the K prototypes of its own class: what clustering sees, Eq. (3).
+
+    Args:
+        similarity: (N, C*K).
+        classes: (N,) class of a pixel, -1 where it has none.
+
+    Returns:
+        (N, K); rows of pixels without a class hold class 0's values, to be masked by the caller.
+    """
+    table = similarity.unflatten(1, (num_classes, -1))  # N C K
+    index = classes.clamp(min=0)[:, None, None].expand(-1, 1, table.shape[2])
+    return table.gather(1, index).squeeze(1)
