@@ -1,0 +1,278 @@
+"""From an image of any size to class probabilities: whole or in windows, flipped, at several scales.
+
+Validation, test and prediction all come through here. What is averaged is always probabilities, never scores: heads
+differ in the scale of their scores. One path leads to the full (C, H, W) table; `segment_labels` gives the same arg-max
+without ever storing that table at full size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoseg.config import Evaluation, UserError
+
+Size = tuple[int, int]
+Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two exclusive
+
+STRIP_NUMBERS = 16_000_000  # probabilities held at once while labels are drawn from a smaller map: 64 MB
+
+
+class Network(Protocol):
+    """Anything that maps (B, 3, H, W) images to (B, C, H, W) logits, e.g. `models.segmenter.Segmenter`."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+@torch.no_grad()
+def segment(model: Network, image: Tensor, evaluation: Evaluation, size: Size | None = None, batch: int = 1) -> Tensor:
+    """Probabilities of every class at every pixel.
+
+    Args:
+        model: in eval mode; the image goes to the device of its parameters.
+        image: (3, H, W) uint8, or float in [0, 1].
+        evaluation: whole or slide, scales, flip.
+        size: (height, width) of the answer; the image's own if not given.
+        batch: windows per forward pass.
+
+    Returns:
+        (C, height, width) float32 on the model's device; sums to 1 over C.
+
+    Raises:
+        UserError: a stride that leaves gaps, or no usable scale.
+    """
+    size = _image_size(image) if size is None else size
+    maps = _maps(model, image, evaluation, batch)
+    total = _resize(next(maps), size)
+    for other in maps:
+        total += _resize(other, size)
+    return total.div_(len(evaluation.scales))
+
+
+@torch.no_grad()
+def segment_labels(
+    model: Network,
+    image: Tensor,
+    evaluation: Evaluation,
+    size: Size | None = None,
+    batch: int = 1,
+    confidence: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The most probable class at every pixel: the arg-max of `segment`, in bounded memory.
+
+    A window's probabilities are dropped as soon as no later window overlaps them, so `slide` at one scale holds one
+    window and the overlap of two rows of windows: 4000×6000 pixels of 171 classes fit in 2 GiB (the table itself has
+    15.3). Where the answer is larger than what the network saw (`base_size`, scales), the maps are enlarged a strip of
+    rows at a time. With several scales one map per scale is held.
+
+    Args:
+        model, image, evaluation, size, batch: as `segment`.
+        confidence: also return the probability of the chosen class.
+
+    Returns:
+        labels (height, width) int64 and confidence (height, width) float32 or None, on the model's device.
+
+    Raises:
+        UserError: as `segment`.
+    """
+    size = _image_size(image) if size is None else size
+    device = _device(model)
+    labels = torch.empty(size, dtype=torch.int64, device=device)
+    sure = torch.empty(size, dtype=torch.float32, device=device) if confidence else None
+
+    for (top, left, bottom, right), block in _finished_blocks(model, image, evaluation, size, batch):
+        best, index = block.max(0)
+        labels[top:bottom, left:right] = index
+        if sure is not None:
+            sure[top:bottom, left:right] = best
+    return labels, sure
+
+
+def _finished_blocks(
+    model: Network, image: Tensor, evaluation: Evaluation, size: Size, batch: int
+) -> Iterator[tuple[Box, Tensor]]:
+    """Blocks (C, h, w) of the answer that no later window touches; together they tile `size` once."""
+    if evaluation.mode == "slide" and evaluation.scales == (1.0,) and size == _image_size(image):
+        yield from _swept(model, image, evaluation, batch)
+        return
+    maps = list(_maps(model, image, evaluation, batch))
+    rows = max(1, STRIP_NUMBERS // (len(maps[0]) * size[1]))
+    for top in range(0, size[0], rows):
+        bottom = min(top + rows, size[0])
+        strip = _resized_rows(maps[0], size, top, bottom)
+        for other in maps[1:]:
+            strip = strip + _resized_rows(other, size, top, bottom)
+        yield (top, 0, bottom, size[1]), strip / len(maps)
+
+
+def _maps(model: Network, image: Tensor, evaluation: Evaluation, batch: int) -> Iterator[Tensor]:
+    """(C, h, w) probabilities for each scale, at the scaled image's size."""
+    if not evaluation.scales or min(evaluation.scales) <= 0:
+        raise UserError(f"evaluation.scales must be positive numbers, at least one; given {evaluation.scales}")
+    height, width = _image_size(image)
+    for scale in evaluation.scales:
+        scaled = image
+        if scale != 1.0:
+            target = (max(1, round(height * scale)), max(1, round(width * scale)))
+            scaled = _unit(image)[None]
+            scaled = F.interpolate(scaled, target, mode="bilinear", antialias=True).clamp_(0, 1)[0]
+        if evaluation.mode == "whole":
+            yield _probabilities(model, scaled[None], evaluation.flip)[0]
+        else:
+            yield _averaged(model, scaled, evaluation, batch)
+
+
+def _averaged(model: Network, image: Tensor, evaluation: Evaluation, batch: int) -> Tensor:
+    """Sliding windows: at every pixel the mean of the windows that cover it."""
+    (rows, deep), (columns, long) = _grid(image, evaluation)
+    height, width = _image_size(image)
+    boxes = [(row, column, row + deep, column + long) for row in rows for column in columns]
+    total: Tensor | None = None
+    for (top, left, bottom, right), window in _windows(model, image, boxes, evaluation.flip, batch):
+        if total is None:
+            total = window.new_zeros(len(window), height, width)
+        total[:, top:bottom, left:right] += window
+    assert total is not None, "an image has at least one window"
+    weight = _coverage(rows, deep, height)[:, None] * _coverage(columns, long, width)
+    return total.div_(weight.to(total))
+
+
+def _swept(model: Network, image: Tensor, evaluation: Evaluation, batch: int) -> Iterator[tuple[Box, Tensor]]:
+    """`_averaged`, handed out in blocks while the windows sweep over the image, each as soon as it is finished.
+
+    Windows advance along the long side and then step along the short one, so that `waiting`, the sums that the next row
+    of windows still adds to, is as small as it can be. The last row is set back to end at the image's edge and may
+    overlap the row before almost whole; the two are therefore summed together (`_groups`).
+    """
+    height, width = _image_size(image)
+    turned = height > width  # then the plane is read transposed: "rows" are the image's columns
+    (rows, deep), (columns, long) = _grid(image, evaluation)[:: -1 if turned else 1]
+    short_side, long_side = sorted((height, width))
+    row_weight, column_weight = _coverage(rows, deep, short_side), _coverage(columns, long, long_side)
+    groups = _groups(rows)
+    boxes = [(row, column, row + deep, column + long) for group in groups for column in columns for row in group]
+    windows = _windows(model, image, [_turn(box) for box in boxes] if turned else boxes, evaluation.flip, batch)
+
+    waiting: Tensor | None = None  # C, rows shared with the next group, long side
+    shared = 0  # how many of those rows the group before has filled
+    for group, following in zip(groups, [*groups[1:], [short_side]]):
+        top, bottom, next_top = group[0], group[-1] + deep, following[0]
+        ahead: Tensor | None = None  # C, bottom - top, columns that this group's next window also covers
+        for column, next_column in zip(columns, [*columns[1:], long_side]):
+            tile: Tensor | None = None  # C, bottom - top, long
+            for row in group:
+                _, window = next(windows)
+                window = window.transpose(1, 2) if turned else window
+                if tile is None:
+                    tile = window if len(group) == 1 else window.new_zeros(len(window), bottom - top, long)
+                if len(group) > 1:
+                    tile[:, row - top : row - top + deep] += window
+            assert tile is not None
+            if ahead is not None:
+                tile[:, :, : ahead.shape[2]] += ahead
+            ahead = tile[:, :, next_column - column :].clone()
+            tile = tile[:, :, : next_column - column]
+            if waiting is not None and shared:
+                tile[:, :shared] += waiting[:, :shared, column:next_column]
+            if bottom > next_top:
+                if waiting is None:
+                    waiting = tile.new_empty(len(tile), bottom - next_top, long_side)
+                waiting[:, : bottom - next_top, column:next_column] = tile[:, next_top - top :]
+            weight = row_weight[top:next_top, None] * column_weight[column:next_column]
+            block = tile[:, : next_top - top].div_(weight.to(tile))
+            box = (top, column, next_top, next_column)
+            yield (_turn(box), block.transpose(1, 2)) if turned else (box, block)
+        shared = bottom - next_top
+
+
+def _groups(starts: list[int]) -> list[list[int]]:
+    """Each start alone, but the last two together."""
+    return [[start] for start in starts[:-2]] + [starts[-2:]]
+
+
+def _turn(box: Box) -> Box:
+    top, left, bottom, right = box
+    return left, top, right, bottom
+
+
+def _grid(image: Tensor, evaluation: Evaluation) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
+    """For rows and for columns: where windows start and how long they are."""
+    axes = []
+    for side, window, stride in zip(_image_size(image), evaluation.window, evaluation.stride):
+        if not 1 <= stride <= window:
+            raise UserError(
+                f"evaluation.stride must lie between 1 and evaluation.window, or pixels are left out; "
+                f"given stride {evaluation.stride} and window {evaluation.window} (height, width)"
+            )
+        axes.append((window_starts(side, window, stride), min(window, side)))
+    return axes[0], axes[1]
+
+
+def window_starts(side: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one side: every `stride`, the last one set back so that it ends at the edge."""
+    last = max(side - window, 0)
+    return [*range(0, last, stride), last]
+
+
+def _coverage(starts: list[int], length: int, side: int) -> Tensor:
+    """(side,) float32: how many windows cover each position; at least 1."""
+    count = torch.zeros(side)
+    for start in starts:
+        count[start : start + length] += 1
+    return count
+
+
+def _windows(model: Network, image: Tensor, boxes: list[Box], flip: bool, batch: int) -> Iterator[tuple[Box, Tensor]]:
+    """(box, (C, h, w) probabilities) for each box, in order; all boxes have one size."""
+    for start in range(0, len(boxes), batch):
+        part = boxes[start : start + batch]
+        crops = torch.stack([image[:, top:bottom, left:right] for top, left, bottom, right in part])
+        yield from zip(part, _probabilities(model, crops, flip))
+
+
+def _probabilities(model: Network, images: Tensor, flip: bool) -> Tensor:
+    """(B, C, H, W) probabilities of (B, 3, H, W) images, with `flip` the mean with those of the mirrored images."""
+    images = images.to(_device(model))
+    probabilities = model(images).float().softmax(1)
+    if flip:
+        probabilities += model(images.flip(-1)).float().softmax(1).flip(-1)
+        probabilities /= 2
+    return probabilities
+
+
+def _resize(probabilities: Tensor, size: Size) -> Tensor:
+    if probabilities.shape[-2:] == size:
+        return probabilities
+    return F.interpolate(probabilities[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def _resized_rows(probabilities: Tensor, size: Size, top: int, bottom: int) -> Tensor:
+    """Rows top to bottom of `_resize(probabilities, size)`, computed alone."""
+    height = probabilities.shape[1]
+    if probabilities.shape[-2:] == size:
+        return probabilities[:, top:bottom]
+    position = (torch.arange(top, bottom, dtype=torch.float64) + 0.5) * height / size[0] - 0.5
+    position = position.clamp(0, height - 1).to(probabilities.device)
+    above = position.floor().long()
+    share = (position - above).float()[:, None]
+    below = (above + 1).clamp(max=height - 1)
+    rows = probabilities[:, above].mul_(1 - share).add_(probabilities[:, below] * share)  # C, bottom - top, w
+    return F.interpolate(rows[None], (bottom - top, size[1]), mode="bilinear", align_corners=False)[0]
+
+
+def _unit(image: Tensor) -> Tensor:
+    """Float in [0, 1], whatever came in."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+
+
+def _image_size(image: Tensor) -> Size:
+    return image.shape[-2], image.shape[-1]
+
+
+def _device(model: Network) -> torch.device:
+    parameter = next(cast(nn.Module, model).parameters(), None) if isinstance(model, nn.Module) else None
+    return parameter.device if parameter is not None else torch.device("cpu")
