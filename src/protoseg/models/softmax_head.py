@@ -1,0 +1,140 @@
+"""The parametric baselines: the contract of `PrototypeHead` without its memory. Their `update` does nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoseg.method.head import Projection, build_projection
+from protoseg.method.losses import Losses, segmentation_cross_entropy
+
+
+class SoftmaxHead(nn.Module):
+    """A linear classifier of pixels, alone (`projection="none"`) or behind the prototype head's own projection.
+
+    Args:
+        in_channels: channels of the features.
+        num_classes: C.
+        projection: `none`, or `mlp` / `linear` as in `PrototypeHead`, for a baseline of equal capacity.
+        embed_dim: D of the projection; default 256 with one, else `in_channels`.
+        ignore_index: the void label.
+        class_weights: C numbers, weights of the cross-entropy.
+    """
+
+    align_corners = False
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        projection: Projection = "none",
+        embed_dim: int | None = None,
+        ignore_index: int = 255,
+        class_weights: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        if embed_dim is None:
+            embed_dim = in_channels if projection == "none" else 256
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.embed_dim = embed_dim
+        self.ignore_index = ignore_index
+        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
+        if weights is not None and weights.shape != (num_classes,):
+            raise ValueError(f"class_weights needs {num_classes} numbers, given {weights.numel()}")
+        self.register_buffer("class_weights", weights)
+        self.projection = build_projection(in_channels, embed_dim, projection)
+        self._build_classifier()
+
+    def _build_classifier(self) -> None:
+        self.classifier = nn.Conv2d(self.embed_dim, self.num_classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D', h, w) features -> (B, C, h, w) class scores."""
+        return self.classifier(self.projection(features))
+
+    def losses(self, features: Tensor, labels: Tensor) -> Losses:
+        """Cross-entropy at label size; (B, H, W) int64 labels of any H, W. `.ppc` and `.ppd` are 0.
+
+        Raises:
+            ValueError: labels of the wrong shape or type or, checked on the CPU only, out of range.
+        """
+        if labels.dim() != 3 or labels.shape[0] != features.shape[0] or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels must be ({features.shape[0]}, H, W) int64, given {tuple(labels.shape)} {labels.dtype}"
+            )
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would stop the device
+            bad = labels[((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)]
+            if bad.numel():
+                raise ValueError(
+                    f"labels hold {int(bad[0])} ({bad.numel()} pixels out of range), but the head has "
+                    f"{self.num_classes} classes; set num_classes or ignore_index (now {self.ignore_index})"
+                )
+        ce = segmentation_cross_entropy(
+            self(features),
+            labels,
+            ignore_index=self.ignore_index,
+            class_weights=self.class_weights,
+            align_corners=self.align_corners,
+        )
+        return Losses.cross_entropy_only(ce)
+
+    def update(self, losses: Losses | Sequence[Losses]) -> None:
+        """Nothing to move: the weights learn by gradient."""
+
+
+class CosineHead(SoftmaxHead):
+    """One learnable unit vector per class, cosine times a learned scale: `PrototypeHead` with K = 1 and gradients.
+
+    Args:
+        score_scale: start of the scale. learn_scale: whether it learns, as one number, by its logarithm.
+        (others): as `SoftmaxHead`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        score_scale: float = 20.0,
+        learn_scale: bool = True,
+        projection: Projection = "mlp",
+        embed_dim: int | None = None,
+        ignore_index: int = 255,
+        class_weights: Sequence[float] | None = None,
+    ):
+        super().__init__(
+            in_channels,
+            num_classes,
+            projection=projection,
+            embed_dim=embed_dim,
+            ignore_index=ignore_index,
+            class_weights=class_weights,
+        )
+        if score_scale <= 0:
+            raise ValueError(f"score_scale must be positive, given {score_scale}")
+        log_scale = torch.tensor(math.log(score_scale))
+        if learn_scale:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    def _build_classifier(self) -> None:
+        self.vectors = nn.Parameter(F.normalize(torch.randn(self.num_classes, self.embed_dim), dim=1))  # C D
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D', h, w) features -> (B, C, h, w) scaled cosines, in fp32 at least."""
+        embedding = self.projection(features)
+        with torch.autocast(features.device.type, enabled=False):
+            embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+            unit = F.normalize(embedding, dim=1)
+            vectors = F.normalize(self.vectors, dim=1).to(unit.dtype)
+            return F.conv2d(unit, vectors[:, :, None, None]) * self.log_scale.exp()
