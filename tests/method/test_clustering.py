@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import default as oracle
-from oracles import reference
 from torch.testing import assert_close
 
+from oracles import default as oracle
+from oracles import reference
 from protoseg.method.clustering import balanced_assignment, class_counts, drawn_assignment, nearest_assignment, sinkhorn
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.reference import unit as slow_unit
 from torch.testing import assert_close
 
+from oracles.reference import unit as slow_unit
 from protoseg.method import similarity
 
 QUICK = settings(max_examples=20, deadline=None, derandomize=True)

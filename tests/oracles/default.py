@@ -132,12 +132,15 @@ class Memory:
     """Prototypes and their momentum, one prototype at a time.
 
     rule: "constant" (a = 1 - mu), "bias_corrected" (q = 1) or "count_aware" (q = min(n, cap), unnormalised memory).
+    weight: what the start counts for; 0 means that the first hit replaces it.
     """
 
-    def __init__(self, prototypes: Tensor, rule: str, mu: float, cap: float = float("inf")) -> None:
+    def __init__(
+        self, prototypes: Tensor, rule: str, mu: float, cap: float = float("inf"), weight: float = 0.0
+    ) -> None:
         self.p = prototypes.detach().double().clone()
         self.a = self.p.clone()  # the accumulator of the count-aware rule
-        self.weight = torch.zeros(self.p.shape[:2], dtype=torch.float64)
+        self.weight = torch.full(self.p.shape[:2], weight, dtype=torch.float64)
         self.rule, self.mu, self.cap = rule, mu, cap
 
     def update(self, x: Tensor, assignment: Tensor, keep: Tensor | None = None) -> None:
@@ -153,12 +156,12 @@ class Memory:
                 if n == 0:
                     continue
                 s = x[mine].double().sum(0)
+                first = float(self.weight[c, j]) == 0
+                q = min(n, self.cap) if self.rule == "count_aware" else 1.0
+                self.weight[c, j] = self.mu * self.weight[c, j] + q
+                a = q / float(self.weight[c, j])
                 if self.rule == "constant":
-                    a = 1 - self.mu
-                else:
-                    q = 1.0 if self.rule == "bias_corrected" else min(n, self.cap)
-                    self.weight[c, j] = self.mu * self.weight[c, j] + q
-                    a = q / float(self.weight[c, j])
+                    a = 1.0 if first else 1 - self.mu
                 if self.rule == "count_aware":
                     self.a[c, j] = (1 - a) * self.a[c, j] + a * s / n
                     self.p[c, j] = unit(self.a[c, j])
