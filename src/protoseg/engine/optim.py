@@ -38,8 +38,8 @@ def build_optimizer(segmenter: nn.Module, optim: Optim) -> Optimizer:
 def parameter_groups(segmenter: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     """At most four groups: backbone or not, decayed or not; each has a `name`.
 
-    Not decayed, unless `optim.decay_norm`: parameters with one axis or none (norms, biases, the score scale) and those of
-    `UNDECAYED_NAMES`. Prototypes are buffers and in no group. A parameter used twice is listed once, at its first name.
+    Not decayed, unless `optim.decay_norm`: parameters with one axis or none (norms, biases, the score scale) and those
+    of `UNDECAYED_NAMES`. Prototypes are buffers and in no group. A parameter used twice is listed once, at its first name.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in segmenter.named_parameters():
