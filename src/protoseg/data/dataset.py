@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from protoseg.config import DataError
 from protoseg.data.catalog import Source
 from protoseg.data.images import read_image, read_mask
+from protoseg.data.labels import LabelSpace
 
 Sample = dict[str, Any]  # image (3, H, W) uint8, label (H, W) integer, index int, name str
 Transform = Callable[[Sample, int, int], Sample]
@@ -41,7 +42,7 @@ class SegmentationDataset(Dataset[Sample]):
         self._kept: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
 
     @property
-    def labels(self) -> Any:
+    def labels(self) -> LabelSpace:
         """The label space of the source."""
         return self.source.labels
 

@@ -42,7 +42,7 @@ def read_image(path: Path | str, exif: bool = False, max_pixels: int = MAX_PIXEL
         raise DataError(f"{path}: image mode {image.mode} (16 bits or float a channel); convert it to 8-bit RGB first")
     if image.mode == "P":  # a palette may be transparent, and only this way Pillow says nothing about it
         image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))  # a copy: tensors share its memory and want to write
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a copy: tensors want to own it
 
 
 def read_mask(
