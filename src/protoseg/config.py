@@ -188,8 +188,14 @@ class Recipe:
         out: the run folder. An existing run there is refused unless `resume` says otherwise.
         resume: `auto` continues `out` if it holds a checkpoint, else starts; a path names the checkpoint.
         ema: decay of an exponential moving average of the weights; 0 switches it off.
-        val_every: steps between validations (0: only at the end). checkpoint_every likewise for `last.ckpt`.
+        val_every: optimiser steps between validations; 0: only at the end.
+        checkpoint_every: optimiser steps between writes of `last.ckpt`; 0: only before validations and at the end.
+        log_every: optimiser steps between reports.
+        accelerator: `auto` takes a GPU where there is one.
         devices: processes per machine; 0: all at hand.
+        nodes: machines; under torchrun both come from torchrun.
+        precision: `16-mixed` needs a GPU.
+        deterministic: torch's deterministic algorithms; somewhat slower on a GPU.
     """
 
     data: Data = Data()

@@ -39,7 +39,7 @@ def parameter_groups(segmenter: nn.Module, optim: Optim) -> list[dict[str, Any]]
     """At most four groups: backbone or not, decayed or not; each has a `name`.
 
     Not decayed, unless `optim.decay_norm`: parameters with one axis or none (norms, biases, the score scale) and those
-    of `UNDECAYED_NAMES`. Prototypes are buffers and in no group. A parameter used twice is listed once, at its first name.
+    of `UNDECAYED_NAMES`. Prototypes are buffers, in no group. A parameter used twice is listed at its first name.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in segmenter.named_parameters():

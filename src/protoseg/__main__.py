@@ -1,0 +1,6 @@
+"""`python -m protoseg` is `protoseg`."""
+
+from protoseg.cli import main
+
+if __name__ == "__main__":
+    main()
