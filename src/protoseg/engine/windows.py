@@ -19,7 +19,7 @@ from protoseg.config import Evaluation, UserError
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two exclusive
 
-STRIP_NUMBERS = 16_000_000  # probabilities held at once while labels are drawn from a smaller map: 64 MB
+STRIP_NUMBERS = 4_000_000  # probabilities worked on at once where a table is gone through in strips: 16 MB
 
 
 class Network(Protocol):
@@ -85,10 +85,10 @@ def segment_labels(
     sure = torch.empty(size, dtype=torch.float32, device=device) if confidence else None
 
     for (top, left, bottom, right), block in _finished_blocks(model, image, evaluation, size, batch):
-        best, index = block.max(0)
-        labels[top:bottom, left:right] = index
+        best, labels[top:bottom, left:right] = block.max(0)
         if sure is not None:
             sure[top:bottom, left:right] = best
+        del block  # while the next one is computed
     return labels, sure
 
 
@@ -120,22 +120,19 @@ def _maps(model: Network, image: Tensor, evaluation: Evaluation, batch: int) -> 
             target = (max(1, round(height * scale)), max(1, round(width * scale)))
             scaled = _unit(image)[None]
             scaled = F.interpolate(scaled, target, mode="bilinear", antialias=True).clamp_(0, 1)[0]
-        if evaluation.mode == "whole":
-            yield _probabilities(model, scaled[None], evaluation.flip)[0]
-        else:
-            yield _averaged(model, scaled, evaluation, batch)
+        yield _averaged(model, scaled, evaluation, batch)
 
 
 def _averaged(model: Network, image: Tensor, evaluation: Evaluation, batch: int) -> Tensor:
-    """Sliding windows: at every pixel the mean of the windows that cover it."""
+    """At every pixel the mean of the windows that cover it; `whole` is one window."""
     (rows, deep), (columns, long) = _grid(image, evaluation)
     height, width = _image_size(image)
     boxes = [(row, column, row + deep, column + long) for row in rows for column in columns]
     total: Tensor | None = None
-    for (top, left, bottom, right), window in _windows(model, image, boxes, evaluation.flip, batch):
+    for (top, left, bottom, right), logits in _windows(model, image, boxes, evaluation.flip, batch):
         if total is None:
-            total = window.new_zeros(len(window), height, width)
-        total[:, top:bottom, left:right] += window
+            total = _table(logits, height, width)
+        _add_probabilities(total[:, top:bottom, left:right], logits)
     assert total is not None, "an image has at least one window"
     weight = _coverage(rows, deep, height)[:, None] * _coverage(columns, long, width)
     return total.div_(weight.to(total))
@@ -144,33 +141,33 @@ def _averaged(model: Network, image: Tensor, evaluation: Evaluation, batch: int)
 def _swept(model: Network, image: Tensor, evaluation: Evaluation, batch: int) -> Iterator[tuple[Box, Tensor]]:
     """`_averaged`, handed out in blocks while the windows sweep over the image, each as soon as it is finished.
 
-    Windows advance along the long side and then step along the short one, so that `waiting`, the sums that the next row
+    Windows advance along the short side and then step along the long one, so that `waiting`, the sums that the next row
     of windows still adds to, is as small as it can be. The last row is set back to end at the image's edge and may
     overlap the row before almost whole; the two are therefore summed together (`_groups`).
     """
     height, width = _image_size(image)
-    turned = height > width  # then the plane is read transposed: "rows" are the image's columns
+    turned = width > height  # then the plane is read transposed: "rows" are the image's columns
     (rows, deep), (columns, long) = _grid(image, evaluation)[:: -1 if turned else 1]
-    short_side, long_side = sorted((height, width))
-    row_weight, column_weight = _coverage(rows, deep, short_side), _coverage(columns, long, long_side)
+    short, far = sorted((height, width))
+    row_weight, column_weight = _coverage(rows, deep, far), _coverage(columns, long, short)
     groups = _groups(rows)
     boxes = [(row, column, row + deep, column + long) for group in groups for column in columns for row in group]
     windows = _windows(model, image, [_turn(box) for box in boxes] if turned else boxes, evaluation.flip, batch)
 
-    waiting: Tensor | None = None  # C, rows shared with the next group, long side
+    waiting: Tensor | None = None  # C, rows shared with the next group, short side
     shared = 0  # how many of those rows the group before has filled
-    for group, following in zip(groups, [*groups[1:], [short_side]]):
+    for group, following in zip(groups, [*groups[1:], [far]]):
         top, bottom, next_top = group[0], group[-1] + deep, following[0]
         ahead: Tensor | None = None  # C, bottom - top, columns that this group's next window also covers
-        for column, next_column in zip(columns, [*columns[1:], long_side]):
+        for column, next_column in zip(columns, [*columns[1:], short]):
             tile: Tensor | None = None  # C, bottom - top, long
             for row in group:
-                _, window = next(windows)
-                window = window.transpose(1, 2) if turned else window
+                _, logits = next(windows)
                 if tile is None:
-                    tile = window if len(group) == 1 else window.new_zeros(len(window), bottom - top, long)
-                if len(group) > 1:
-                    tile[:, row - top : row - top + deep] += window
+                    tile = _table(logits, bottom - top, long)
+                part = tile[:, row - top : row - top + deep]
+                _add_probabilities(part.transpose(1, 2) if turned else part, logits)
+                del logits, part  # the network runs next: hold nothing meanwhile that is done with
             assert tile is not None
             if ahead is not None:
                 tile[:, :, : ahead.shape[2]] += ahead
@@ -180,12 +177,13 @@ def _swept(model: Network, image: Tensor, evaluation: Evaluation, batch: int) ->
                 tile[:, :shared] += waiting[:, :shared, column:next_column]
             if bottom > next_top:
                 if waiting is None:
-                    waiting = tile.new_empty(len(tile), bottom - next_top, long_side)
+                    waiting = tile.new_empty(len(tile), bottom - next_top, short)
                 waiting[:, : bottom - next_top, column:next_column] = tile[:, next_top - top :]
             weight = row_weight[top:next_top, None] * column_weight[column:next_column]
             block = tile[:, : next_top - top].div_(weight.to(tile))
             box = (top, column, next_top, next_column)
             yield (_turn(box), block.transpose(1, 2)) if turned else (box, block)
+            del tile, block
         shared = bottom - next_top
 
 
@@ -201,8 +199,11 @@ def _turn(box: Box) -> Box:
 
 def _grid(image: Tensor, evaluation: Evaluation) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
     """For rows and for columns: where windows start and how long they are."""
+    height, width = _image_size(image)
+    if evaluation.mode == "whole":
+        return ([0], height), ([0], width)
     axes = []
-    for side, window, stride in zip(_image_size(image), evaluation.window, evaluation.stride):
+    for side, window, stride in zip((height, width), evaluation.window, evaluation.stride):
         if not 1 <= stride <= window:
             raise UserError(
                 f"evaluation.stride must lie between 1 and evaluation.window, or pixels are left out; "
@@ -226,22 +227,34 @@ def _coverage(starts: list[int], length: int, side: int) -> Tensor:
     return count
 
 
-def _windows(model: Network, image: Tensor, boxes: list[Box], flip: bool, batch: int) -> Iterator[tuple[Box, Tensor]]:
-    """(box, (C, h, w) probabilities) for each box, in order; all boxes have one size."""
+def _windows(
+    model: Network, image: Tensor, boxes: list[Box], flip: bool, batch: int
+) -> Iterator[tuple[Box, list[Tensor]]]:
+    """(box, its answers) for each box, in order; all boxes have one size.
+
+    The answers are one (C, h, w) table of logits, and with `flip` a second one from the mirrored crop, mirrored back.
+    """
     for start in range(0, len(boxes), batch):
         part = boxes[start : start + batch]
-        crops = torch.stack([image[:, top:bottom, left:right] for top, left, bottom, right in part])
-        yield from zip(part, _probabilities(model, crops, flip))
+        crops = torch.stack([image[:, top:bottom, left:right] for top, left, bottom, right in part]).to(_device(model))
+        passes = [list(model(crops))]
+        if flip:
+            passes.append(list(model(crops.flip(-1)).flip(-1)))
+        for box in part:
+            yield box, [logits.pop(0) for logits in passes]  # nothing here keeps a table alive
 
 
-def _probabilities(model: Network, images: Tensor, flip: bool) -> Tensor:
-    """(B, C, H, W) probabilities of (B, 3, H, W) images, with `flip` the mean with those of the mirrored images."""
-    images = images.to(_device(model))
-    probabilities = model(images).float().softmax(1)
-    if flip:
-        probabilities += model(images.flip(-1)).float().softmax(1).flip(-1)
-        probabilities /= 2
-    return probabilities
+def _table(logits: list[Tensor], height: int, width: int) -> Tensor:
+    return torch.zeros(len(logits[0]), height, width, device=logits[0].device)
+
+
+def _add_probabilities(total: Tensor, logits: list[Tensor]) -> None:
+    """Add the mean of the softmaxes of (C, h, w) tables to `total`, some rows at a time: no second table is made."""
+    rows = max(1, STRIP_NUMBERS // (len(total) * total.shape[2]))
+    for top in range(0, total.shape[1], rows):
+        for table in logits:
+            strip = table[:, top : top + rows].float().softmax(0)
+            total[:, top : top + rows] += strip if len(logits) == 1 else strip.div_(len(logits))
 
 
 def _resize(probabilities: Tensor, size: Size) -> Tensor:
