@@ -28,6 +28,7 @@ from protoseg.data.labels import LARGEST_ID, RGB, LabelSpace, default_palette
 from protoseg.data.listing import Entry, NoSplit, entries
 
 ABOUT_CLASSES = ("classes", "ignore", "label_map", "palette")
+ABOUT_SPLITS = {"images", "masks", "list"}
 LARGEST_FILE = 1_000_000
 
 
@@ -61,7 +62,7 @@ def read(file: Path, root: Path, split: str) -> tuple[list[Entry], list[Entry] |
     if part is None:
         there = ", ".join(key for key in described if key not in ABOUT_CLASSES)
         raise NoSplit(f"{file}: no split {split!r}; it describes {there or 'none'}")
-    if not isinstance(part, dict) or "images" not in part or (extra := set(part) - {"images", "masks", "list"}):
+    if not isinstance(part, dict) or "images" not in part or (extra := set(part) - ABOUT_SPLITS):
         wrong = f"unknown keys {sorted(extra)}" if isinstance(part, dict) and "images" in part else f"given {part!r}"
         raise DataError(f"{file}: split {split!r} needs {{images: ..., masks: ..., list: ...}}; {wrong}")
     wanted = read_list(root / str(part["list"])) if part.get("list") else None
@@ -98,7 +99,8 @@ def _load(file: Path) -> dict[str, Any]:
     if not isinstance(described, dict) or not isinstance(described.get("classes"), dict | list):
         raise DataError(f"{file}: needs `classes`, for example {{0: background, 1: thing}}")
     for key, value in described.items():
-        if key not in ABOUT_CLASSES and not (isinstance(key, str) and isinstance(value, dict)):
+        is_split = isinstance(key, str) and isinstance(value, dict) and ABOUT_SPLITS & set(value)
+        if key not in ABOUT_CLASSES and not is_split:
             splits = "splits such as train: {images: ..., masks: ...}"
             raise DataError(f"{file}: unknown key {key!r}; expected {', '.join(ABOUT_CLASSES)} and {splits}")
     return described

@@ -42,7 +42,8 @@ def entries(folder: Path, suffixes: Sequence[str] = SUFFIXES, ending: str = "") 
     """
     try:
         with os.scandir(folder) as found:  # no stat per file: a folder may hold 100,000
-            names = sorted(entry.name for entry in found if not entry.name.startswith(".") and not entry.is_dir())
+            files = (entry.name for entry in found if not entry.is_dir(follow_symlinks=False))
+            names = sorted(name for name in files if not name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder}: {(error.strerror or str(error)).lower()}; check data.root") from None
     kept = []
