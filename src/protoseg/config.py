@@ -22,7 +22,21 @@ NetworkName = Literal[
     "timm",  # any timm backbone with any decoder: see Model.backbone and Model.decoder
 ]
 DecoderName = Literal[
-    "light", "fcn", "concat", "fpn", "upernet", "unet", "deeplabv3", "deeplabv3plus", "pan", "segformer"
+    "light",
+    "fcn",
+    "concat",
+    "segformer",
+    "dpt",
+    "fpn",
+    "upernet",
+    "unet",
+    "unetplusplus",
+    "manet",
+    "linknet",
+    "deeplabv3",
+    "deeplabv3plus",
+    "pan",
+    "pspnet",
 ]
 HeadName = Literal["prototype", "softmax", "softmax_projected", "cosine"]
 PresetName = Literal["default", "reference", "reference_fixed"]
@@ -41,7 +55,7 @@ class Data:
             (aspect kept); `None` keeps the original size. Metrics are always at the original label size.
         max_long_side: upper bound of the long side after `base_size`.
         crop_size: (height, width) of a training crop.
-        scale_range: random resize factor of a training image, log-uniform over this range.
+        scale_range: random resize factor of a training image, uniform over this range.
         cat_max_ratio: a crop is drawn again (10 times at most) while one class covers more than this share.
         hflip: probability of a horizontal flip.
         photometric: random brightness, contrast, saturation and hue.

@@ -29,7 +29,7 @@ GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision
 def training(data: Data, labels: LabelSpace, seed: int) -> Transform:
     """Random scale, crop, flip and colour for training: uint8 image and label of `data.crop_size`.
 
-    In order: resize to `base_size` times a log-uniform factor of `scale_range` (one resampling, not two); pad at the
+    In order: resize to `base_size` times a uniform factor of `scale_range` (one resampling, not two); pad at the
     right and the bottom with the mean colour and `ignore_index`; crop, again while one class covers more than
     `cat_max_ratio` of the labelled pixels; flip; colour.
 
@@ -50,7 +50,7 @@ def training(data: Data, labels: LabelSpace, seed: int) -> Transform:
         draw = generator(seed, epoch, index)
         image, label = sample["image"], sample["label"]
         height, width = base_size(label.shape[0], label.shape[1], data)
-        factor = math.exp(_uniform(draw, math.log(low), math.log(high)))
+        factor = _uniform(draw, low, high)
         size = max(1, round(height * factor)), max(1, round(width * factor))
         resized = resize_label(label, size)
         corner = _place(draw, resized, data, labels.ignore_index)
