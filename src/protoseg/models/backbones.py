@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from protoseg.config import UserError
 from protoseg.models.blocks import BasicResidual, ConvNormAct, InvertedResidual, start_for_relu
-from protoseg.models.weights import from_hub, load_backbone_weights
+from protoseg.models.weights import fetch, from_hub, load_backbone_weights, load_segformer_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,6 +37,10 @@ def refused(what: str, instead: str) -> Iterator[None]:
     except LIBRARY_FAULTS as fault:
         reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         raise UserError(f"{what}: {reason}; {instead}") from fault
+
+
+class CannotDilate(UserError):
+    """The backbone's last stages cannot keep a finer stride."""
 
 
 class TimmPyramid(nn.Module):
@@ -93,26 +97,25 @@ class TimmPyramid(nn.Module):
             options |= {"feature_location": "", "out_indices": (1, 2, 3, 4)}
         with refused(f"backbone {name} gives no feature maps", another), torch.device("meta"):
             layout = timm.create_model(name, features_only=True, **options).feature_info
-        reduction, first = layout.reduction(), (options.get("out_indices") or (0,))[0]
+        reduction, index = layout.reduction(), list(layout.out_indices)
         flat = len(reduction) > 1 and len(set(reduction)) == 1
+        self.strides: list[float]
         if flat:
-            blocks = len(getattr(plain, "blocks", reduction))
+            blocks, patch = len(getattr(plain, "blocks", index)), reduction[0]
             chosen = [max(blocks * (i + 1) // 4 - 1, 0) for i in range(4)]
-            patch = reduction[0]
-            self.strides = [max(patch // 4, 1), max(patch // 2, 1), patch, 2 * patch]
+            self.strides = [patch / 4, patch / 2, patch, patch * 2]
         else:
             wanted = (2, *STRIDES) if finest == 2 and 2 in reduction else STRIDES
-            chosen = [first + max((i for i, r in enumerate(reduction) if r <= s), default=0) for s in wanted]
+            chosen = [index[max((i for i, r in enumerate(reduction) if r <= s), default=0)] for s in wanted]
             self.strides = [min(s, output_stride) for s in wanted]
         options["out_indices"] = tuple(sorted(set(chosen)))
         self._order = [options["out_indices"].index(i) for i in chosen]
+        trial: Any
         if output_stride != 32:
-            options["output_stride"] = output_stride
-
-        with refused(f"backbone {name} cannot be dilated to stride {output_stride}", another), torch.device("meta"):
-            trial = timm.create_model(name, features_only=True, **options)
-            if not flat and max(trial.feature_info.reduction()) > output_stride and output_stride != 32:
-                raise ValueError(f"its last map stays at stride {max(trial.feature_info.reduction())}")
+            trial = self._dilated(name, output_stride, options, flat)
+        else:
+            with refused(f"backbone {name}", another), torch.device("meta"):
+                trial = timm.create_model(name, features_only=True, **options)
         self._channels_last = str(getattr(trial, "output_fmt", "NCHW")).endswith("NHWC")
         given = trial.feature_info.channels()
         self.channels = [given[i] for i in self._order]
@@ -124,11 +127,35 @@ class TimmPyramid(nn.Module):
         self.mean = tuple(settings["mean"]) if any(std) else IMAGENET_MEAN
         self.std = tuple(std) if any(std) else IMAGENET_STD
 
-        load = pretrained and not weights
-        with from_hub(f"the ImageNet weights of {name}", load), refused(f"backbone {name}", another):
-            self.body = timm.create_model(name, pretrained=load, features_only=True, **options)
+        if pretrained and not weights:
+            if settings.get(
+                "hf_hub_id"
+            ):  # fetched here: an unreachable hub is told at once, and from the cache none is asked
+                file = settings.get("hf_hub_filename") or "model.safetensors"
+                options["pretrained_cfg_overlay"] = {"file": fetch(settings["hf_hub_id"], file)}
+            with from_hub(f"the ImageNet weights of {name}"), refused(f"backbone {name}", another):
+                self.body = timm.create_model(name, pretrained=True, features_only=True, **options)
+        else:
+            with refused(f"backbone {name}", another):
+                self.body = timm.create_model(name, features_only=True, **options)
         if weights:
-            load_backbone_weights(self.body, weights, name, extra=plain.state_dict())
+            load_backbone_weights(self.body, weights, name, classifier=plain.state_dict())
+
+    @staticmethod
+    def _dilated(name: str, output_stride: int, options: dict[str, Any], flat: bool) -> Any:
+        """The backbone on the meta device with `options["output_stride"]` set, if it can be."""
+        import timm
+
+        refusal = CannotDilate(f"backbone {name} cannot be dilated to stride {output_stride}; choose another one")
+        options["output_stride"] = output_stride
+        try:
+            with torch.device("meta"):
+                trial = timm.create_model(name, features_only=True, **options)
+        except LIBRARY_FAULTS as fault:
+            raise refusal from fault
+        if flat or max(trial.feature_info.reduction()) > output_stride:  # the option was taken and not heeded
+            raise refusal
+        return trial
 
     def _find_multiple(self, trial: nn.Module, name: str, multiple: int, native: Sequence[int]) -> int:
         """The smaller of two padding multiples that the backbone takes; windows may need its own size."""
@@ -143,10 +170,7 @@ class TimmPyramid(nn.Module):
             if all(min(shape) > 0 for shape in shapes):
                 return candidate
         reason = str(fault).splitlines()[0] if fault else "empty feature maps"
-        raise UserError(
-            f"backbone {name} has a fixed input size and cannot segment images of any size ({reason}); "
-            "choose another model.backbone"
-        )
+        raise UserError(f"backbone {name} does not take images of any size ({reason}); choose another model.backbone")
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised images, H and W multiples of `multiple` -> maps of (B, channels[i], H/s, W/s)."""
@@ -155,7 +179,7 @@ class TimmPyramid(nn.Module):
         pyramid = []
         for index, stride in zip(self._order, self.strides):
             features = maps[index].permute(0, 3, 1, 2) if self._channels_last else maps[index]
-            size = (H // stride, W // stride)
+            size = (int(H / stride), int(W / stride))
             if tuple(features.shape[-2:]) != size:
                 features = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
             pyramid.append(features)
@@ -193,15 +217,13 @@ class SegformerPyramid(nn.Module):
             num_attention_heads=list(heads),
             drop_path_rate=0.1 if drop_path is None else drop_path,
         )
+        self.body = SegformerModel(settings)
         if pretrained and not weights:
-            with from_hub(f"the ImageNet weights of {hub_name}"):
-                self.body = SegformerModel.from_pretrained(hub_name, config=settings, use_safetensors=True)
-        else:
-            self.body = SegformerModel(settings)
+            weights = fetch(hub_name)
         if weights:
-            load_backbone_weights(self.body, weights, hub_name, prefix="segformer.")
+            self.body = load_segformer_weights(self.body, weights, hub_name)
         self.channels = list(widths)
-        self.strides = list(STRIDES)
+        self.strides: list[float] = list(STRIDES)
         self.multiple = 32
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -236,7 +258,7 @@ class TinyPyramid(nn.Module):
         if weights:
             load_backbone_weights(self, weights, "tiny")
         self.channels = list(widths)
-        self.strides = list(STRIDES)
+        self.strides: list[float] = list(STRIDES)
         self.multiple = 32
 
     @staticmethod

@@ -1,6 +1,7 @@
 """Decoders: a pyramid of maps in, one map of features for the head out.
 
-The contract: built from the backbone's `channels` and `strides`, `forward(maps) -> (B, out_channels, h, w)`.
+The contract: built from the backbone's `channels` and `strides`, `forward(maps) -> (B, out_channels, h, w)`; where
+`least_cells` is there, the last map must be at least so many cells high and wide.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class LightDecoder(nn.Module):
     cells, which a batch of one image could not feed), then goes up, meeting each finer map through a 1x1 convolution.
     """
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int | None = None):
+    def __init__(self, channels: Sequence[int], strides: Sequence[float], width: int | None = None):
         super().__init__()
         width = width or 128
         self.laterals = nn.ModuleList(ConvNormAct(c, width, 1) for c in channels)
@@ -57,7 +58,7 @@ class LightDecoder(nn.Module):
 class FCNDecoder(nn.Module):
     """FCN as the paper's framework has it: two 3x3 convolutions on the last map, their result fused with it again."""
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int | None = None):
+    def __init__(self, channels: Sequence[int], strides: Sequence[float], width: int | None = None):
         super().__init__()
         width = width or 512
         self.convs = nn.Sequential(ConvNormAct(channels[-1], width), ConvNormAct(width, width))
@@ -74,7 +75,7 @@ class FCNDecoder(nn.Module):
 class ConcatDecoder(nn.Module):
     """HRNetV2 (Wang et al. 2020): all maps at the finest size, concatenated, mixed by a 1x1 convolution."""
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int | None = None):
+    def __init__(self, channels: Sequence[int], strides: Sequence[float], width: int | None = None):
         super().__init__()
         width = width or sum(channels)
         self.mix = ConvNormAct(sum(channels), width, 1)
@@ -90,7 +91,7 @@ class ConcatDecoder(nn.Module):
 class SegformerDecoder(nn.Module):
     """SegFormer's all-MLP decoder (Xie et al. 2021), transformers' code without its classifier."""
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int | None = None):
+    def __init__(self, channels: Sequence[int], strides: Sequence[float], width: int | None = None):
         super().__init__()
         from transformers import SegformerConfig
         from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
@@ -115,12 +116,12 @@ class SmpDecoder(nn.Module):
     are put in front.
     """
 
-    def __init__(self, name: str, channels: Sequence[int], strides: Sequence[int], width: int | None = None):
+    def __init__(self, name: str, channels: Sequence[int], strides: Sequence[float], width: int | None = None):
         super().__init__()
         from segmentation_models_pytorch.base.initialization import initialize_decoder
 
         self.missing = int(strides[0] != 2)
-        self.first_stride = strides[0]
+        self.least_cells = 8 if name == "pan" else 1  # it halves the last map three times
         encoder = [3, *[0] * self.missing, *channels]
         self.body, self.out_channels = _SMP[name](encoder, list(strides), width)
         initialize_decoder(self.body)
@@ -128,15 +129,14 @@ class SmpDecoder(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         """maps -> (B, out_channels, h, w)."""
         B, _, h, w = maps[0].shape
-        H, W = h * self.first_stride, w * self.first_stride
-        empty = [maps[0].new_empty((B, 0, H, W)), maps[0].new_empty((B, 0, H // 2, W // 2))]
-        return self.body([*empty[: 1 + self.missing], *maps])
+        steps = (4, 2) if self.missing else (2,)
+        return self.body([*(maps[0].new_empty((B, 0, h * s, w * s)) for s in steps), *maps])
 
 
 class SmpDPT(nn.Module):
     """smp's DPT decoder (Ranftl et al. 2021) on a resized pyramid; class tokens are left out."""
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int | None = None):
+    def __init__(self, channels: Sequence[int], strides: Sequence[float], width: int | None = None):
         super().__init__()
         from segmentation_models_pytorch.base.initialization import initialize_decoder
         from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder
@@ -153,68 +153,68 @@ class SmpDPT(nn.Module):
 
 
 STEPS = (4, 8, 16, 32)  # what DPT's resampling starts from; ours is resized already
-Smp = Callable[[list[int], list[int], int | None], tuple[nn.Module, int]]
+Smp = Callable[[list[int], list[float], int | None], tuple[nn.Module, int]]
 
 
 def _unet_widths(width: int | None) -> list[int]:
     return [(width or 16) * 2**i for i in (4, 3, 2, 1, 0)]
 
 
-def _unet(encoder: list[int], strides: list[int], width: int | None) -> tuple[nn.Module, int]:
+def _unet(encoder: list[int], strides: list[float], width: int | None) -> tuple[nn.Module, int]:
     from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 
     return UnetDecoder(encoder, _unet_widths(width)), width or 16
 
 
-def _unetplusplus(encoder: list[int], strides: list[int], width: int | None) -> tuple[nn.Module, int]:
+def _unetplusplus(encoder: list[int], strides: list[float], width: int | None) -> tuple[nn.Module, int]:
     from segmentation_models_pytorch.decoders.unetplusplus.decoder import UnetPlusPlusDecoder
 
     return UnetPlusPlusDecoder(encoder, _unet_widths(width)), width or 16
 
 
-def _manet(encoder: list[int], strides: list[int], width: int | None) -> tuple[nn.Module, int]:
+def _manet(encoder: list[int], strides: list[float], width: int | None) -> tuple[nn.Module, int]:
     from segmentation_models_pytorch.decoders.manet.decoder import MAnetDecoder
 
     return MAnetDecoder(encoder, _unet_widths(width)), width or 16
 
 
-def _linknet(encoder: list[int], strides: list[int], width: int | None) -> tuple[nn.Module, int]:
+def _linknet(encoder: list[int], strides: list[float], width: int | None) -> tuple[nn.Module, int]:
     from segmentation_models_pytorch.decoders.linknet.decoder import LinknetDecoder
 
     return LinknetDecoder(encoder, prefinal_channels=width or 32), width or 32
 
 
-def _fpn(encoder: list[int], strides: list[int], width: int | None) -> tuple[nn.Module, int]:
+def _fpn(encoder: list[int], strides: list[float], width: int | None) -> tuple[nn.Module, int]:
     from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
 
     return FPNDecoder(encoder, segmentation_channels=width or 128), width or 128
 
 
-def _upernet(encoder: list[int], strides: list[int], width: int | None) -> tuple[nn.Module, int]:
+def _upernet(encoder: list[int], strides: list[float], width: int | None) -> tuple[nn.Module, int]:
     from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 
     return UPerNetDecoder(encoder, decoder_channels=width or 256), width or 256
 
 
-def _pan(encoder: list[int], strides: list[int], width: int | None) -> tuple[nn.Module, int]:
+def _pan(encoder: list[int], strides: list[float], width: int | None) -> tuple[nn.Module, int]:
     from segmentation_models_pytorch.decoders.pan.decoder import PANDecoder
 
     return PANDecoder(encoder, encoder_depth=5, decoder_channels=width or 32), width or 32
 
 
-def _pspnet(encoder: list[int], strides: list[int], width: int | None) -> tuple[nn.Module, int]:
+def _pspnet(encoder: list[int], strides: list[float], width: int | None) -> tuple[nn.Module, int]:
     from segmentation_models_pytorch.decoders.pspnet.decoder import PSPDecoder
 
     return PSPDecoder(encoder, out_channels=width or 512), width or 512
 
 
-def _deeplabv3(encoder: list[int], strides: list[int], width: int | None) -> tuple[nn.Module, int]:
+def _deeplabv3(encoder: list[int], strides: list[float], width: int | None) -> tuple[nn.Module, int]:
     from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3Decoder
 
     return DeepLabV3Decoder(encoder[-1], width or 256, (12, 24, 36), False, 0.5), width or 256
 
 
-def _deeplabv3plus(encoder: list[int], strides: list[int], width: int | None) -> tuple[nn.Module, int]:
+def _deeplabv3plus(encoder: list[int], strides: list[float], width: int | None) -> tuple[nn.Module, int]:
     from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
 
     body = DeepLabV3PlusDecoder(encoder, 5, width or 256, (12, 24, 36), 16, True, 0.5)
@@ -270,7 +270,7 @@ NEEDS: dict[str, Needs] = {
 }
 
 
-def build_decoder(name: str, channels: Sequence[int], strides: Sequence[int], width: int | None = None) -> nn.Module:
+def build_decoder(name: str, channels: Sequence[int], strides: Sequence[float], width: int | None = None) -> nn.Module:
     """A decoder by name; see the table `NEEDS` for the names."""
     if name in OWN:
         return OWN[name](channels, strides, width)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from protoseg.config import Model, UserError
-from protoseg.models.backbones import SegformerPyramid, TimmPyramid, TinyPyramid, refused
+from protoseg.models.backbones import CannotDilate, SegformerPyramid, TimmPyramid, TinyPyramid, refused
 from protoseg.models.decoders import NEEDS, build_decoder
 
 Network = tuple[nn.Module, nn.Module]
@@ -83,28 +83,23 @@ def any_timm(model: Model) -> Network:
     if model.decoder not in NEEDS:
         raise UserError(f"model.decoder {model.decoder!r} is unknown; choose one of {', '.join(NEEDS)}")
     needs = NEEDS[model.decoder]
-    fault: UserError | None = None
     for stride in needs.last:
         try:
             with torch.device("meta"):
                 trial = TimmPyramid(model.backbone, finest=needs.finest, output_stride=stride)
-        except UserError as error:
-            fault = fault or error
+        except CannotDilate:
             continue
         with _pair(model), torch.device("meta"):
             decoder = build_decoder(model.decoder, trial.channels, trial.strides, model.decoder_channels).eval()
-            size = 2 * trial.multiple
+            size = 8 * trial.multiple
             features = decoder(trial.eval()(torch.zeros(1, 3, size, size, device="meta")))
             assert features.shape[1] == decoder.out_channels, f"{features.shape[1]} channels come out"
         backbone = _timm(model, model.backbone, finest=needs.finest, output_stride=stride)
         return backbone, _decoder(model.decoder, backbone, model, None)
-    assert fault is not None
-    if len(needs.last) == 1 and needs.last[0] == 32:
-        raise fault
     raise UserError(
-        f"decoder {model.decoder} needs a backbone dilated to stride {' or '.join(map(str, needs.last))}: {fault}, "
-        "or model.decoder=light, fpn or upernet"
-    ) from fault
+        f"decoder {model.decoder} needs a backbone dilated to stride {' or '.join(map(str, needs.last))}, which "
+        f"{model.backbone} cannot be; choose another model.backbone, or model.decoder=light, fpn or upernet"
+    )
 
 
 def _timm(

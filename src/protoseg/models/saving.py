@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from protoseg.config import Head, Model, UserError
 from protoseg.models import build
 from protoseg.models.segmenter import Segmenter
-from protoseg.models.weights import differences, listed, read_safetensors
+from protoseg.models.weights import differences, listed, read_safetensors, refuse_not_finite, reshaped
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1
@@ -44,7 +43,7 @@ def save(segmenter: Segmenter, folder: str | Path, meta: Mapping[str, Any]) -> P
     folder = Path(folder)
     config = _config(segmenter, meta)
     state = {key: value.detach().cpu().contiguous() for key, value in segmenter.state_dict().items()}
-    _refuse_not_finite(state, "the model cannot be saved, its weights are broken; go back to an earlier checkpoint")
+    refuse_not_finite(state, "the model cannot be saved, its weights are broken; go back to an earlier checkpoint")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -169,20 +168,14 @@ def _settings(kind: type[Any], given: dict[str, Any], path: Path) -> Any:
 def _load_state(segmenter: Segmenter, path: Path) -> None:
     state = read_safetensors(path)
     wanted = segmenter.state_dict()
-    fault = differences(state, wanted)
+    missing, extra = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    fault = differences(list(missing), list(extra), reshaped(state, wanted))
     if fault:
-        lost = " (without head.prototypes the head would classify by random prototypes)"
-        note = lost if "head.prototypes" in wanted.keys() - state.keys() else ""
-        named = "head.prototypes is missing; " if note else ""
-        raise UserError(f"{path} does not fit its {CONFIG}: {named}{fault}{note}; save the model again")
-    _refuse_not_finite(state, f"{path} is broken; use another checkpoint")
+        # By name, wherever it stands in the list: without it the head would classify by random prototypes.
+        lost = "head.prototypes is missing; " if "head.prototypes" in missing else ""
+        raise UserError(f"{path} does not fit its {CONFIG}: {lost}{fault}; save the model again")
+    refuse_not_finite(state, f"{path} is broken; use another checkpoint")
     segmenter.load_state_dict(state, strict=True)
-
-
-def _refuse_not_finite(state: Mapping[str, Tensor], what: str) -> None:
-    bad = sorted(key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all())
-    if bad:
-        raise UserError(f"{what}: values that are not finite in {listed(bad)}")
 
 
 def _umask() -> int:

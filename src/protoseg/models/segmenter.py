@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ class Segmenter(nn.Module):
     """Normalise, pad, backbone, decoder, head, resize, crop.
 
     Args:
-        backbone: images (B, 3, H, W) -> list of maps; with `channels`, `multiple`, `mean` and `std`.
+        backbone: images (B, 3, H, W) -> list of maps; with `channels`, `strides`, `multiple`.
         decoder: list of maps -> (B, D', h, w).
         head: a `PrototypeHead` or a parametric one.
         mean, std: of RGB pixels in [0, 1].
@@ -60,6 +61,8 @@ class Segmenter(nn.Module):
             self.auxiliary = AuxiliaryHead(backbone.channels[-2], head.num_classes)  # type: ignore[index,arg-type]
         self.auxiliary_weight = auxiliary_weight
         self.multiple: int = backbone.multiple  # type: ignore[assignment]
+        least = getattr(decoder, "least_cells", 1) * backbone.strides[-1]  # type: ignore[index]
+        self.least = self.multiple * math.ceil(least / self.multiple)
         self.settings = settings
         # Not in the state dict: config.json holds them, readable, and a file that changed them silently would be worse.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
@@ -121,7 +124,7 @@ class Segmenter(nn.Module):
         elif not images.is_floating_point():
             raise ValueError(f"images must be uint8, or float in [0, 1]; given {images.dtype}")
         images = (images.to(self.mean.dtype) - self.mean) / self.std
-        bottom, right = (-size % self.multiple for size in images.shape[-2:])
+        bottom, right = (max(-size % self.multiple, self.least - size) for size in images.shape[-2:])
         return F.pad(images, (0, right, 0, bottom)) if bottom or right else images
 
 
