@@ -1,0 +1,512 @@
+"""`protoseg predict` and `protoseg.load`: a saved model on images without labels.
+
+    OUT/
+      legend.json            id, name and colour of every class
+      labels/NAME.png        pixel value = class id; 8 bits with a palette, 16 where a byte is too small
+      overlays/NAME.png      the image under its labels
+      confidence/NAME.npy    float16 probability of the chosen class, if asked for
+
+The label file is written last and says in its header what it was made from, so an interrupted run continues where it
+stopped, and a file that somebody else put there is never overwritten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from protoseg.config import Data, DataError, Evaluation, UserError
+from protoseg.data.images import SUFFIXES, read_image
+from protoseg.data.labels import known_classes
+from protoseg.data.transforms import resize_image
+from protoseg.engine.drawing import default_palette, index_image, overlay
+from protoseg.engine.windows import segment_labels
+from protoseg.models import saving
+from protoseg.models.segmenter import Segmenter
+from protoseg.tasks.files import counted, write_json, write_whole
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+Submission = Literal["", "ade20k", "cityscapes"]
+ORIGIN = "protoseg"  # the PNG text chunk that says what a label file was made from
+LARGEST_TABLE = 2**27  # class probabilities of one image held at once (512 MB); larger ones are segmented in windows
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One segmented image.
+
+    Attributes:
+        labels: (H, W) class ids, uint8 or uint16.
+        names, palette: of the C classes.
+        image: (H, W, 3) uint8, what was segmented.
+        confidence: (H, W) float32 probability of the chosen class, if asked for.
+    """
+
+    labels: np.ndarray
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    image: np.ndarray = field(repr=False)
+    confidence: np.ndarray | None = field(default=None, repr=False)
+
+    def overlay(self, opacity: float = 0.55) -> Image.Image:
+        """The image under its labels."""
+        return overlay(self.image, self.labels, self.palette, opacity=opacity, ignore_index=-1)
+
+    def shares(self) -> dict[str, float]:
+        """Class name -> share of the pixels, largest first; absent classes are left out."""
+        ids, counts = np.unique(self.labels, return_counts=True)
+        found = {self.names[i]: float(count / self.labels.size) for i, count in zip(ids, counts)}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the labels as an index PNG with palette, whole or not at all.
+
+        Raises:
+            UserError: the file cannot be written, or the name does not end in .png (JPEG would change the ids).
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise UserError(f"{path}: labels are saved as .png; other formats change or lose the ids")
+        image = index_image(self.labels, self.palette, ignore_index=-1)
+        return write_whole(path, lambda fresh: image.save(fresh, "PNG"))
+
+
+class Predictor:
+    """A loaded model that segments images of any size. Made by `load`.
+
+    Args:
+        segmenter: the network; moved to `device`, in eval mode.
+        meta: of `models.saving`: `names`, `palette`, `base_size`, `max_long_side`.
+        evaluation: whole image or windows, scales, flip.
+        device: where to compute.
+    """
+
+    def __init__(self, segmenter: Segmenter, meta: dict[str, Any], evaluation: Evaluation, device: torch.device):
+        self.segmenter = segmenter.eval().to(device)
+        self.names: tuple[str, ...] = tuple(meta["names"])
+        self.palette = tuple(meta.get("palette") or default_palette(len(self.names)))
+        self.evaluation = evaluation
+        self.device = device
+        self._sizes = Data(base_size=meta.get("base_size"), max_long_side=meta.get("max_long_side"))
+
+    def predict(self, image: Picture, *, confidence: bool = False, exif: bool = False) -> Prediction:
+        """Segment one image at its own size.
+
+        Args:
+            image: a file; a PIL image; an array (H, W, 3) or (H, W), or a tensor (3, H, W), of uint8 or of
+                float in [0, 1].
+            confidence: also keep the probability of the chosen class.
+            exif: turn a file upright as its EXIF orientation says.
+
+        Raises:
+            DataError: the file cannot be read. UserError: not an image of these kinds.
+        """
+        pixels = as_pixels(image, exif)
+        height, width = pixels.shape[:2]
+        small = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), self._sizes)
+        evaluation = affordable(self.evaluation, len(self.names), (small.shape[-2], small.shape[-1]))
+        labels, sure = segment_labels(self.segmenter, small, evaluation, (height, width), confidence=confidence)
+        kind = np.uint8 if len(self.names) <= 256 else np.uint16
+        return Prediction(
+            labels=labels.cpu().numpy().astype(kind),
+            names=self.names,
+            palette=self.palette,
+            image=pixels,
+            confidence=None if sure is None else sure.cpu().numpy(),
+        )
+
+
+def load(folder: str | Path, *, device: str = "auto", evaluation: Evaluation | None = None) -> Predictor:
+    """A saved model, ready to predict.
+
+        predictor = protoseg.load("runs/first")
+        predictor.predict("street.jpg").overlay().save("street-overlay.png")
+
+    Args:
+        folder: a model folder, or a run folder (its `final`, or else its `best`).
+        device: `auto` takes a GPU where there is one.
+        evaluation: whole image or windows; default: as the model was validated.
+
+    Raises:
+        UserError: no whole model there, or no such device.
+    """
+    path = model_folder(folder)
+    segmenter, meta = saving.load(path)
+    return Predictor(segmenter, meta, evaluation or recorded_evaluation(path, meta), choose_device(device))
+
+
+def model_folder(folder: str | Path) -> Path:
+    """The model folder itself; of a run folder, `final` if it is there, else `best`.
+
+    Raises:
+        UserError: neither.
+    """
+    folder = Path(folder)
+    for candidate in (folder, folder / "final", folder / "best"):
+        if (candidate / saving.WEIGHTS).is_file():
+            return candidate
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; give a run or model folder, such as runs/NAME or runs/NAME/best")
+    if (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder}: the run has saved no model yet; wait for a validation or continue it (--resume auto)"
+        )
+    return folder  # models.saving says what is missing
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The `config.yaml` of the run a model folder lies in, as plain data; empty if it lies in none.
+
+    Raises:
+        UserError: the file is not a YAML mapping.
+    """
+    path = folder.absolute().parent / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
+        raise UserError(f"{path}: not readable ({str(fault).splitlines()[0]}); repair or remove it") from fault
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected settings, found {type(content).__name__}; repair or remove it")
+    return content
+
+
+def settings_of(kind: type[Any], given: Any, where: str) -> Any:
+    """A settings dataclass from plain data; lists become tuples.
+
+    Raises:
+        UserError: a key this version does not know.
+    """
+    known = {f.name for f in dataclasses.fields(kind)}
+    if not isinstance(given, dict) or given.keys() - known:
+        unknown = ", ".join(sorted(given.keys() - known)) if isinstance(given, dict) else type(given).__name__
+        raise UserError(f"{where}: {kind.__name__.lower()} has no setting {unknown}; it was written by another version")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def recorded_evaluation(folder: Path, meta: dict[str, Any]) -> Evaluation:
+    """How the model was validated: from its own folder, else from its run, else the default."""
+    given = meta.get("evaluation") or recorded(folder).get("evaluation")
+    return settings_of(Evaluation, given, str(folder)) if given else Evaluation()
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto`, `cpu`, `gpu`, or a torch device.
+
+    Raises:
+        UserError: not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device("cuda" if device == "gpu" else device)
+    except RuntimeError:
+        raise UserError(f"device {device!r} is unknown; choose auto, cpu or gpu") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU is visible to torch; choose cpu, or check nvidia-smi")
+    return found
+
+
+def affordable(evaluation: Evaluation, num_classes: int, size: tuple[int, int]) -> Evaluation:
+    """`evaluation`, or windows at one scale where the table of all probabilities would be huge (`LARGEST_TABLE`)."""
+    numbers = num_classes * size[0] * size[1]
+    if numbers * sum(scale**2 for scale in evaluation.scales) <= LARGEST_TABLE:
+        return evaluation
+    return dataclasses.replace(evaluation, mode="slide", scales=(1.0,))
+
+
+def as_pixels(image: Picture, exif: bool = False) -> np.ndarray:
+    """Any picture as (H, W, 3) uint8.
+
+    Raises:
+        DataError: a file that cannot be read. UserError: another kind, shape or range.
+    """
+    if isinstance(image, str | Path):
+        return read_image(image, exif)
+    if isinstance(image, Image.Image):
+        if image.mode not in ("RGB", "L", "P", "1", "RGBA", "LA", "PA", "CMYK", "YCbCr"):
+            raise UserError(f"image mode {image.mode} has no certain way to 8-bit RGB; convert it first")
+        return np.array(image.convert("RGB"))
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise UserError(f"a tensor image must be (3, H, W), given {tuple(image.shape)}")
+        image = image.detach().cpu().permute(1, 2, 0).numpy()
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"an image is a path, a PIL image, an array or a tensor; given {type(image).__name__}")
+    if image.ndim == 2:
+        image = np.stack([image] * 3, axis=2)
+    if image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise UserError(f"an array image must be (H, W, 3) or (H, W), given {image.shape}")
+    if image.dtype == np.uint8:
+        return np.array(image)
+    if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
+        raise UserError(
+            f"image values must be uint8, or float in [0, 1]; given {image.dtype} from {image.min()} to {image.max()}"
+        )
+    return (image * 255).round().astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `predict` did: label files written, those that were there already, and (file, reason) of what failed."""
+
+    written: tuple[Path, ...]
+    skipped: tuple[Path, ...]
+    failed: tuple[tuple[Path, str], ...]
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.failed else 0
+
+
+def predict(
+    model: str | Path,
+    images: Sequence[str | Path],
+    out: str | Path = "predictions",
+    *,
+    overlay: bool = True,
+    confidence: bool = False,
+    evaluation: Evaluation | None = None,
+    submission_format: Submission = "",
+    overwrite: bool = False,
+    exif: bool = False,
+    device: str = "auto",
+) -> Outcome:
+    """Segment images into a folder. One that fails is named at the end; the others are done all the same.
+
+    Args:
+        model: a run or model folder.
+        images: files, folders (searched to any depth) and globs.
+        out: made if needed.
+        overlay: also write the image under its labels.
+        confidence: also write the probability of the chosen class, float16.
+        evaluation: whole image or windows; default: as the model was validated.
+        submission_format: the ids a benchmark server wants: `ade20k` (id + 1) or `cityscapes` (labelIds).
+        overwrite: do again what is there already.
+        exif: turn images upright as their EXIF orientation says.
+        device: auto, cpu or gpu.
+
+    Raises:
+        UserError: no model, nothing that matches, a format that does not fit the classes, a folder that cannot be
+            written.
+    """
+    jobs = plan(images, Path(out))
+    predictor = load(model, device=device, evaluation=evaluation)
+    encode = submission_encoder(submission_format, predictor.names)
+    made_from = fingerprint(model_folder(model), predictor.evaluation, submission_format, exif)
+    write_json(Path(out) / "legend.json", legend(predictor, submission_format, encode))
+
+    written, skipped, failed = [], [], []
+    for source, target in counted(jobs, len(jobs), "predicting"):
+        try:
+            origin = f"{made_from}-{file_key(source)}"
+            if is_done(target, origin, overlay, confidence, overwrite):
+                skipped.append(target.labels)
+                continue
+            result = predictor.predict(source, confidence=confidence, exif=exif)
+        except DataError as fault:
+            failed.append((source, str(fault)))
+            continue
+        if overlay:
+            write_whole(target.overlay, partial(result.overlay().save, format="PNG"))
+        if result.confidence is not None:
+            write_whole(target.confidence, partial(np.save, arr=result.confidence.astype(np.float16)))
+        if submission_format:
+            picture = Image.fromarray(encode(result.labels))
+        else:
+            picture = index_image(result.labels, result.palette, ignore_index=-1)
+        note = PngImagePlugin.PngInfo()
+        note.add_text(ORIGIN, origin)
+        write_whole(target.labels, partial(picture.save, format="PNG", pnginfo=note))
+        written.append(target.labels)
+    outcome = Outcome(tuple(written), tuple(skipped), tuple(failed))
+    _report(outcome, Path(out))
+    return outcome
+
+
+def _report(outcome: Outcome, out: Path) -> None:
+    there = f", {len(outcome.skipped)} were there already" if outcome.skipped else ""
+    count = len(outcome.written)
+    print(f"{count} image{'' if count == 1 else 's'} segmented into {out}{there}")
+    if outcome.failed:
+        total = len(outcome.written) + len(outcome.skipped) + len(outcome.failed)
+        print(f"{len(outcome.failed)} of {total} images failed:", file=sys.stderr)
+        for source, reason in outcome.failed:
+            print(f"  {reason if str(source) in reason else f'{source}: {reason}'}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the files of one image go."""
+
+    labels: Path
+    overlay: Path
+    confidence: Path
+
+    @classmethod
+    def of(cls, out: Path, name: Path) -> Target:
+        """For an image called `name`, a relative path without suffix."""
+        return cls(out / "labels" / f"{name}.png", out / "overlays" / f"{name}.png", out / "confidence" / f"{name}.npy")
+
+
+def plan(images: Sequence[str | Path], out: Path) -> list[tuple[Path, Target]]:
+    """Every image once, with the files it will become.
+
+    Names are paths below the folder that was given, or below what files have in common. Where two images would share a
+    name (a.jpg, a.png), both keep their suffix in it.
+
+    Raises:
+        UserError: nothing given, nothing found, or a name that leads out of `out`.
+    """
+    found: dict[Path, Path] = {}  # image -> relative name
+    alone: list[Path] = []
+    for given in images:
+        path = Path(given)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise UserError(f"{path}: no images in this folder; looked for {', '.join(SUFFIXES)}")
+            found |= {p: p.relative_to(path) for p in inside}
+        elif path.is_file():
+            alone.append(path)
+        elif glob.has_magic(str(given)):
+            matches = [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]
+            matches = [p for p in matches if p.is_file() and p.suffix.lower() in SUFFIXES]
+            if not matches:
+                raise UserError(f"{given}: nothing matches; quote the pattern, and ** reaches into folders")
+            alone += matches
+        else:
+            raise UserError(f"{given}: no such file or folder")
+    if alone:
+        common = os.path.commonpath([p.absolute().parent for p in alone])
+        found = {p: p.absolute().relative_to(common) for p in alone} | found
+    unique: dict[str, tuple[Path, Path]] = {}
+    for path, name in found.items():
+        unique.setdefault(os.path.realpath(path), (path, name))
+    if not unique:
+        raise UserError("no images given; name files, folders or a quoted pattern")
+    named = [(path, _no_suffix(name)) for path, name in unique.values()]
+    count = Counter(str(name).casefold() for _, name in named)
+    named = [(path, name.with_name(path.name) if count[str(name).casefold()] > 1 else name) for path, name in named]
+    named = _told_apart(named)
+    jobs = [(path, Target.of(out, name)) for path, name in named]
+    root = out.resolve()
+    for path, target in jobs:
+        for file in (target.labels, target.overlay, target.confidence):
+            if not file.parent.resolve().is_relative_to(root):  # a link inside `out` points elsewhere
+                raise UserError(f"{path}: its output {file} would lie outside {out}; choose another --out")
+    return jobs
+
+
+def _no_suffix(name: Path) -> Path:
+    return name.with_name(name.name[: -len(name.suffix)])
+
+
+def _told_apart(named: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """Images of two given folders may still share a name: those go below a folder named by a digest of their own."""
+    count = Counter(str(name).casefold() for _, name in named)
+    return [
+        (path, Path(_digest(str(path.absolute().parent))[:8]) / name if count[str(name).casefold()] > 1 else name)
+        for path, name in named
+    ]
+
+
+def is_done(target: Target, origin: str, overlay: bool, confidence: bool, overwrite: bool) -> bool:
+    """Whether an earlier run has finished this image.
+
+    Raises:
+        DataError: the label file is there but of another model, image or origin (and `overwrite` is off), or is not a
+            prediction at all: that is never overwritten.
+    """
+    if not target.labels.exists():
+        return False
+    try:
+        with Image.open(target.labels, formats=["PNG"]) as image:
+            there = image.info.get(ORIGIN)
+    except (OSError, SyntaxError, ValueError):
+        there = None
+    if there is None:
+        raise DataError(f"{target.labels} exists and is no prediction; move it or choose another --out")
+    if overwrite:
+        return False
+    if there != origin:
+        raise DataError(
+            f"{target.labels} was made from another image, model or settings; add --overwrite or choose another --out"
+        )
+    return (not overlay or target.overlay.exists()) and (not confidence or target.confidence.exists())
+
+
+def fingerprint(folder: Path, evaluation: Evaluation, submission_format: str, exif: bool) -> str:
+    """A digest of the model's files and of everything that changes labels."""
+    digest = hashlib.sha256()
+    for name in (saving.WEIGHTS, saving.CONFIG):
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    digest.update(repr((dataclasses.asdict(evaluation), submission_format, exif)).encode())
+    return digest.hexdigest()[:16]
+
+
+def file_key(path: Path) -> str:
+    """Which file this is, by place, size and time of change; nothing readable, since it goes into pictures.
+
+    Raises:
+        DataError: it is gone.
+    """
+    try:
+        status = path.stat()
+    except OSError as fault:
+        raise DataError(f"{path}: cannot be read ({fault})") from fault
+    return _digest(f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}")[:16]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def submission_encoder(kind: Submission, names: tuple[str, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """Class ids -> the uint8 ids a benchmark server wants.
+
+    Raises:
+        UserError: the model's classes are not those of the benchmark.
+    """
+    if not kind:
+        return lambda labels: labels
+    wanted, _, raw = known_classes(kind)
+    if tuple(names) != tuple(wanted):
+        raise UserError(
+            f"submission_format {kind} needs its {len(wanted)} classes; the model has {len(names)}: "
+            f"{', '.join(names[:3])}, ..."
+        )
+    ids = raw if kind == "cityscapes" else range(1, len(wanted) + 1)
+    table = np.array(list(ids), dtype=np.uint8)
+    return lambda labels: table[labels]
+
+
+def legend(predictor: Predictor, kind: Submission, encode: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+    """What the pixel values of the label files mean."""
+    ids = encode(np.arange(len(predictor.names))).tolist()
+    return {
+        "pixel values": f"ids of the {kind} server" if kind else "class ids",
+        "classes": [
+            {"id": i, "name": name, "colour": list(colour)}
+            for i, name, colour in zip(ids, predictor.names, predictor.palette)
+        ],
+        "evaluation": dataclasses.asdict(predictor.evaluation),
+    }

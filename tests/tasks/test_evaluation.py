@@ -1,0 +1,105 @@
+"""`evaluate`: the numbers, the table, the file, and what is refused."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from protoseg.config import Data, Evaluation, UserError
+from protoseg.data import catalog
+from protoseg.data.dataset import SegmentationDataset
+from protoseg.tasks.evaluation import evaluate
+from protoseg.tasks.prediction import load
+from saved_models import SMALL, save_small, small_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+def test_the_report_equals_predicting_and_counting_by_hand(run, tmp_path, capsys):
+    report = evaluate(run, out=tmp_path / "report.json")
+    predictor = load(run)
+    matrix = np.zeros((7, 7), dtype=int)
+    for item in SegmentationDataset(catalog.find(SMALL, "test")):
+        labels = predictor.predict(item["image"]).labels
+        np.add.at(matrix, (item["label"].numpy().ravel(), labels.ravel()), 1)
+    assert report["confusion"] == matrix.tolist()
+    assert report["images"] == 5
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    assert report["miou"] == pytest.approx((matrix.diagonal()[union > 0] / union[union > 0]).mean())
+    assert report["miou_over_classes"] == (union > 0).sum()
+    assert set(report["prototypes"]) == {"pairwise_cosine", "used"}
+
+    shown = capsys.readouterr().out
+    assert f"mIoU {100 * report['miou']:.2f} over {report['miou_over_classes']} of 7 classes, 5 images" in shown
+    assert all(name in shown for name in ("balloon", "boundary", "pairwise cosine", "ms per image"))
+
+
+def test_the_file_is_strict_json_beside_the_model(run, capsys):
+    report = evaluate(run, split="val", json=True)
+    written = json.loads((run / "final" / "evaluation-val.json").read_text())
+    assert json.loads(capsys.readouterr().out) == written
+    assert written["miou"] == report["miou"]
+    assert written["evaluation"]["mode"] == "whole"
+    assert written["data"]["crop_size"] == [40, 56]
+    for entry, plain in zip(report["classes"], written["classes"]):
+        assert plain["iou"] is None if math.isnan(entry["iou"]) else plain["iou"] == entry["iou"]
+
+
+def test_how_it_was_validated_is_how_it_is_evaluated(tmp_path):
+    sliding = Evaluation(mode="slide", window=(32, 32), stride=(20, 20), boundary=False)
+    run = small_run(tmp_path / "run", evaluation=sliding)
+    report = evaluate(run)
+    assert report["evaluation"] == dataclasses.asdict(sliding)
+    assert report["boundary_miou"] is None
+
+
+def test_metrics_are_at_label_size_whatever_the_network_sees(run, tmp_path):
+    report = evaluate(run, data=dataclasses.replace(SMALL, base_size=20), out=tmp_path / "r.json")
+    assert np.sum(report["confusion"]) == 5 * 40 * 56
+
+
+def folder_set(root, names, masked=True):
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    for stem in ("a", "b"):
+        Image.new("RGB", (20, 16)).save(root / "images" / f"{stem}.png")
+        if masked or stem == "a":
+            Image.new("L", (20, 16)).save(root / "masks" / f"{stem}.png")
+    classes = "".join(f"  {i}: {name}\n" for i, name in enumerate(names))
+    (root / "dataset.yaml").write_text(f"test: {{images: images, masks: masks}}\nclasses:\n{classes}")
+    return Data(name="folder", root=str(root), workers=0)
+
+
+def test_other_classes_are_refused_with_the_first_difference(run, tmp_path):
+    with pytest.raises(UserError, match=r"7 classes, the data set 2"):
+        evaluate(run, data=folder_set(tmp_path / "two", ["sky", "sea"]))
+    names = ["sky", "mountain", "lake", "meadow", "tree", "house", "balloon"]
+    with pytest.raises(UserError, match=r"class 2 is 'meadow' in the model but 'lake'"):
+        evaluate(run, data=folder_set(tmp_path / "swapped", names))
+
+
+def test_a_model_outside_a_run_needs_to_be_told_its_data(tmp_path):
+    folder = save_small(tmp_path / "alone" / "model")
+    with pytest.raises(UserError, match=r"--data\.name"):
+        evaluate(folder)
+    assert evaluate(folder, data=SMALL)["images"] == 5
+
+
+def test_nothing_is_written_when_something_is_wrong(run, tmp_path):
+    with pytest.raises(UserError):
+        evaluate(run, split="nowhere", out=tmp_path / "report.json")
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate(tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_parametric_head_reports_no_prototypes(tmp_path, capsys):
+    folder = save_small(tmp_path / "model", kind="softmax_projected")
+    assert evaluate(folder, data=SMALL)["prototypes"] == {}
+    assert "pairwise" not in capsys.readouterr().out
