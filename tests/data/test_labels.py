@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from protoseg.config import DataError
 from protoseg.data.labels import LabelSpace, default_palette, known_classes, spans, voc_colour
 

@@ -100,7 +100,7 @@ class ResumableLoader(DataLoader[Sample]):
     def state_dict(self) -> dict[str, int]:
         """The place as plain numbers: epoch, items of it that were handed out, and what they depend on."""
         order = self.batch_sampler
-        place = (order.epoch, self.consumed) if self._resume is None else self._resume
+        place = self._resume or (max(order.epoch, 0), self.consumed)
         return {
             "epoch": place[0], "items_done": place[1] * order.batch * order.world, "seed": order.seed,
             "items": order.items,
