@@ -72,7 +72,7 @@ def test_prototypes_equal_the_oracle_over_several_steps(rule, start):
         losses, _ = one_step(head, features, labels)
         assert torch.equal(losses.assignment, step.assignment)
         slow.update(step.embedding, step.assignment)
-        assert_close(head.prototypes, slow.p, rtol=0, atol=1e-8 if rule == "constant" else 1e-12)
+        assert_close(head.prototypes, slow.p, rtol=0, atol=1e-12)
 
 
 def test_update_from_correct_pixels_only():
@@ -435,7 +435,6 @@ def test_wrong_settings_stop():
         PrototypeHead(6, 3, num_protos=3)
 
 
-@pytest.mark.xfail(strict=True, reason="settings of a preset are taken as they come")
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -32,13 +32,10 @@ CASES = {
 }
 
 
-SKIPS_THE_NORM = pytest.mark.xfail(
-    strict=True, reason="the norm over channels that replaces the norm over width is left out before LayerNorm(D)"
-)
-EXACT = 1e-8  # momentum_step rounds 1 - mu to float32; without that 1e-10 holds
+EXACT = 1e-10
 
 
-@pytest.mark.parametrize("preset", ["reference", pytest.param("reference_fixed", marks=SKIPS_THE_NORM)])
+@pytest.mark.parametrize("preset", ["reference", "reference_fixed"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("weights", [None, CITYSCAPES_LIKE], ids=["plain", "class weights"])
 def test_the_reference_equals_its_oracle_over_consecutive_steps(preset, case, weights):

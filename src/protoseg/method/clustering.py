@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +21,9 @@ def alone(values: Tensor) -> Tensor:
 
 
 def class_counts(classes: Tensor, num_classes: int) -> Tensor:
-    """(C,) number of pixels of each class; `classes` is (N,) with -1 for none."""
-    counts = torch.zeros(num_classes + 1, dtype=torch.float32, device=classes.device)
-    ones = torch.ones(classes.shape[0], dtype=torch.float32, device=classes.device)
-    return counts.index_add_(0, _segments(classes, num_classes), ones)[:num_classes]
+    """(C,) int64 number of pixels of each class; `classes` is (N,) with -1 for none."""
+    counts = classes.new_zeros(num_classes + 1)
+    return counts.index_add_(0, _segments(classes, num_classes), torch.ones_like(classes))[:num_classes]
 
 
 def sinkhorn(
@@ -76,6 +76,33 @@ def sinkhorn(
     return plan + log_v
 
 
+def hard_assignment(
+    log_plan: Tensor,
+    own: Tensor,
+    classes: Tensor,
+    num_classes: int,
+    *,
+    small_classes: Literal["nearest", "plan"] = "nearest",
+    total: Reduction = ranks.total,
+) -> Tensor:
+    """Eq. (4): k_i, the prototype of largest mass in the pixel's row of the plan.
+
+    A class with fewer pixels than prototypes cannot be shared out (one pixel: the plan is uniform and its argmax mere
+    rounding), so its pixels take their `nearest` prototype; `plan` takes the argmax all the same, and the first
+    prototype for a lone pixel, which is how the 2022 code breaks that exact tie.
+
+    Args:
+        log_plan: (N, K) from `sinkhorn`. own, classes: what it was made of.
+
+    Returns:
+        (N,) index in [0, K) within the pixel's own class; void pixels hold a value that means nothing.
+    """
+    counts = total(class_counts(classes, num_classes))[classes.clamp(min=0)]  # N
+    if small_classes == "plan":
+        return torch.where(counts == 1, 0, log_plan.argmax(1))
+    return torch.where(counts >= own.shape[1], log_plan.argmax(1), own.argmax(1))
+
+
 def balanced_assignment(
     own: Tensor,
     classes: Tensor,
@@ -83,21 +110,13 @@ def balanced_assignment(
     *,
     kappa: float = 0.05,
     iterations: int = 3,
+    small_classes: Literal["nearest", "plan"] = "nearest",
     total: Reduction = ranks.total,
     largest: Reduction = ranks.largest,
 ) -> Tensor:
-    """Eq. (4): k_i, the prototype of largest mass in the pixel's row of the plan.
-
-    A class with fewer pixels than prototypes cannot be shared out (one pixel: the plan is uniform and its argmax mere
-    rounding), so its pixels take their nearest prototype.
-
-    Returns:
-        (N,) index in [0, K) within the pixel's own class; void pixels hold a value that means nothing.
-    """
-    counts = total(class_counts(classes, num_classes))  # C
-    plan = sinkhorn(own, classes, num_classes, kappa=kappa, iterations=iterations, total=total, largest=largest)  # N K
-    enough = counts[classes.clamp(min=0)] >= own.shape[1]  # N
-    return torch.where(enough, plan.argmax(1), own.argmax(1))
+    """Eq. (3), (4): `sinkhorn`, then `hard_assignment`. (N,) in [0, K)."""
+    plan = sinkhorn(own, classes, num_classes, kappa=kappa, iterations=iterations, total=total, largest=largest)
+    return hard_assignment(plan, own, classes, num_classes, small_classes=small_classes, total=total)
 
 
 def nearest_assignment(
@@ -107,6 +126,7 @@ def nearest_assignment(
     *,
     kappa: float = 0.05,
     iterations: int = 3,
+    small_classes: Literal["nearest", "plan"] = "nearest",
     total: Reduction = ranks.total,
     largest: Reduction = ranks.largest,
 ) -> Tensor:

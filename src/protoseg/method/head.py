@@ -18,7 +18,7 @@ from protoseg.method.losses import (
     segmentation_cross_entropy,
     total_loss,
 )
-from protoseg.method.presets import PRESETS
+from protoseg.method.presets import settle
 from protoseg.method.prototypes import (
     MomentumRule,
     Start,
@@ -58,6 +58,14 @@ def build_projection(in_channels: int, embed_dim: int, kind: Projection = "mlp")
     raise ValueError(f'projection must be "mlp", "linear" or "none", given {kind!r}')
 
 
+class PromotedLayerNorm(nn.LayerNorm):
+    """LayerNorm in its input's precision: a head in half precision still takes its scores in fp32."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        weight, bias = self.weight.to(values.dtype), self.bias.to(values.dtype)
+        return F.layer_norm(values, self.normalized_shape, weight, bias, self.eps)
+
+
 class PrototypeHead(nn.Module):
     """A pixel classifier of K non-learnable prototypes per class (Zhou et al., CVPR 2022).
 
@@ -92,7 +100,7 @@ class PrototypeHead(nn.Module):
         start: `random` near-orthogonal vectors; `data`: the first pixels of a prototype replace them;
             `truncated_normal`.
         momentum: mu of Eq. (8). momentum_rule, count_cap: see `prototypes.momentum_step`.
-        kappa, sinkhorn_iterations: of Eq. (4).
+        kappa, sinkhorn_iterations: of Eq. (4). small_classes: see `clustering.hard_assignment`.
         contrast_temperature: tau of Eq. (5). contrast_weight, distance_weight: lambda1, lambda2 of Eq. (7).
         contrast_siblings: whether the other prototypes of the own class are negatives of Eq. (5).
         reseed_after: steps a prototype may idle (less than a tenth of its share) while its class is seen, before it is
@@ -123,15 +131,10 @@ class PrototypeHead(nn.Module):
         **named: Any,
     ):
         super().__init__()
-        if preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, given {preset!r}")
-        unknown = set(named) - set(PRESETS[preset])
-        if unknown:
-            raise TypeError(f"PrototypeHead has no argument {', '.join(sorted(unknown))}")
+        settings = settle(preset, named)
         for name, value in {"num_classes": num_classes, "num_prototypes": num_prototypes}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, given {value}")
-        settings = PRESETS[preset] | named
         if embed_dim is None:
             embed_dim = in_channels if projection == "none" or preset.startswith("reference") else 256
         self.in_channels = in_channels
@@ -147,6 +150,7 @@ class PrototypeHead(nn.Module):
         self.count_cap = count_cap
         self.kappa: float = settings["kappa"]
         self.sinkhorn_iterations: int = settings["sinkhorn_iterations"]
+        self.small_classes: Literal["nearest", "plan"] = settings["small_classes"]
         self.contrast_temperature: float = settings["contrast_temperature"]
         self.contrast_weight: float = settings["contrast_weight"]
         self.contrast_siblings: bool = settings["contrast_siblings"]
@@ -163,8 +167,8 @@ class PrototypeHead(nn.Module):
         self._largest = ranks.largest if exact else clustering.alone
 
         self.projection = build_projection(in_channels, embed_dim, projection)
-        self.feature_norm = nn.LayerNorm(embed_dim) if settings["feature_norm"] == "layer_norm" else nn.Identity()
-        self.score_norm = nn.LayerNorm(num_classes) if settings["score_norm"] == "layer_norm" else nn.Identity()
+        self.feature_norm = PromotedLayerNorm(embed_dim) if settings["feature_norm"] == "layer_norm" else None
+        self.score_norm = PromotedLayerNorm(num_classes) if settings["score_norm"] == "layer_norm" else None
         log_scale = torch.tensor(math.log(settings["score_scale"]))
         if settings["learn_scale"]:
             self.log_scale = nn.Parameter(log_scale)  # one number, never one per class; the log keeps it positive
@@ -188,11 +192,15 @@ class PrototypeHead(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, D', h, w) features -> (N, D) unit embeddings, rows (b h w), in fp32 at least."""
-        return unit(self.feature_norm(embed(self.projection(features), self.projection_norm)))
+        embedding = embed(self.projection(features), self.projection_norm)
+        if self.feature_norm is not None:
+            embedding = self.feature_norm(unit(embedding) if self.projection_norm == "channel" else embedding)
+        return unit(embedding)
 
     def score(self, similarity: Tensor) -> Tensor:
         """(N, C*K) cosines -> (N, C) class scores, the logits of Eq. (2)."""
-        return self.score_norm(class_similarity(similarity, self.num_classes) * self.log_scale.exp())
+        scores = class_similarity(similarity, self.num_classes) * self.log_scale.exp()
+        return scores if self.score_norm is None else self.score_norm(scores)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D', h, w) features -> (B, C, h, w) class scores, in fp32 at least."""
@@ -251,6 +259,8 @@ class PrototypeHead(nn.Module):
         rank, moves nothing; an absent class keeps its bits.
         """
         batches = [losses] if isinstance(losses, Losses) else list(losses)
+        if not batches:
+            raise ValueError("update needs the losses of at least one batch")
         C, K = self.num_classes, self.num_prototypes
         embedding = torch.cat([batch.embedding for batch in batches if batch.embedding is not None])
         moving = torch.cat([batch.moving for batch in batches if batch.moving is not None])
@@ -273,6 +283,7 @@ class PrototypeHead(nn.Module):
         self.prototypes.copy_(prototypes)
         self.weight.copy_(weight)
         self.length.copy_(length)
+        counts = counts if self.across_ranks == "exact" else ranks.total(counts)  # the log is one for all ranks
         self._note_usage(counts.view(C, K).to(self.usage.dtype))
         if self.reseed_after is not None:
             self._reseed(embedding, moving, broken)
@@ -315,24 +326,21 @@ class PrototypeHead(nn.Module):
         """(N,) prototype each pixel was given for the losses, and the one it will move; -1 for none."""
         C, K = self.num_classes, self.num_prototypes
         own = own_similarity(similarity, classes, C)  # N K
-        options: dict[str, Any] = {"total": self._total, "largest": self._largest}
+        sinkhorn: dict[str, Any] = {"kappa": self.kappa, "iterations": self.sinkhorn_iterations}
+        reduction: dict[str, Any] = {"total": self._total, "largest": self._largest}
         if self.draws:
-            options |= {"kappa": self.kappa, "iterations": self.sinkhorn_iterations}
-            log_plan = clustering.sinkhorn(own, classes, C, **options)
-            index = self._reference_argmax(log_plan, classes)
+            log_plan = clustering.sinkhorn(own, classes, C, **sinkhorn, **reduction)
+            index = clustering.hard_assignment(
+                log_plan, own, classes, C, small_classes=self.small_classes, total=self._total
+            )
             drawn = clustering.drawn_assignment(log_plan, gumbel)
         else:
-            index = self.assign(own, classes, C, kappa=self.kappa, iterations=self.sinkhorn_iterations, **options)
+            index = self.assign(own, classes, C, small_classes=self.small_classes, **sinkhorn, **reduction)
             drawn = index
         labelled = classes >= 0
         moves = labelled & (scores.argmax(1) == classes) if self.update_from == "correct" else labelled
         base = classes.clamp(min=0) * K
         return torch.where(labelled, base + index, -1), torch.where(moves, base + drawn, -1)
-
-    def _reference_argmax(self, log_plan: Tensor, classes: Tensor) -> Tensor:
-        """The plan of a class with one pixel is uniform: an exact tie in the reference, which takes index 0."""
-        lone = clustering.class_counts(classes, self.num_classes)[classes.clamp(min=0)] == 1
-        return torch.where(lone, 0, log_plan.argmax(1))
 
     def _note_usage(self, counts: Tensor) -> None:
         present = counts.sum(1, keepdim=True) > 0  # C 1

@@ -18,6 +18,7 @@ DEFAULT: dict[str, Any] = {
     "momentum_rule": "constant",
     "kappa": 0.05,
     "sinkhorn_iterations": 3,
+    "small_classes": "nearest",
     "contrast_temperature": 0.1,
     "contrast_weight": 0.01,
     "contrast_siblings": True,
@@ -41,6 +42,7 @@ REFERENCE: dict[str, Any] = {
     "momentum_rule": "constant",
     "kappa": 0.05,
     "sinkhorn_iterations": 3,
+    "small_classes": "plan",
     "contrast_temperature": 1.0,
     "contrast_weight": 0.01,
     "contrast_siblings": True,
@@ -54,3 +56,47 @@ REFERENCE: dict[str, Any] = {
 REFERENCE_FIXED: dict[str, Any] = REFERENCE | {"projection_norm": "channel", "assignment": "argmax"}
 
 PRESETS = {"default": DEFAULT, "reference": REFERENCE, "reference_fixed": REFERENCE_FIXED}
+
+# What a named argument may be; `assignment` may also be a function.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "projection_norm": ("channel", "width"),
+    "feature_norm": ("none", "layer_norm"),
+    "score_norm": ("none", "layer_norm"),
+    "update_from": ("all", "correct"),
+    "across_ranks": ("exact", "average"),
+    "start": ("random", "data", "truncated_normal"),
+    "momentum_rule": ("constant", "bias_corrected", "count_aware"),
+    "label_sampling": ("nearest-exact", "nearest"),
+    "small_classes": ("nearest", "plan"),
+    "assignment": ("argmax", "nearest", "gumbel"),
+}
+
+
+def settle(preset: str, named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a preset with `named` ones in place of its own.
+
+    Raises:
+        TypeError: an argument nobody knows.
+        ValueError: an unknown preset, or a value that means nothing; names the argument.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, given {preset!r}")
+    unknown = set(named) - set(PRESETS[preset])
+    if unknown:
+        raise TypeError(f"PrototypeHead has no argument {', '.join(sorted(unknown))}")
+    settings = PRESETS[preset] | named
+    for name, choices in CHOICES.items():
+        if settings[name] not in choices and not callable(settings[name]):
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, given {settings[name]!r}")
+    for name in ("kappa", "contrast_temperature", "score_scale"):
+        if not settings[name] > 0:
+            raise ValueError(f"{name} must be positive, given {settings[name]}")
+    for name in ("contrast_weight", "distance_weight"):
+        if not settings[name] >= 0:
+            raise ValueError(f"{name} must not be negative, given {settings[name]}")
+    if not 0 <= settings["momentum"] <= 1:
+        raise ValueError(f"momentum must lie in [0, 1], given {settings['momentum']}")
+    for name in ("sinkhorn_iterations", "reseed_after"):
+        if settings[name] is not None and settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1, given {settings[name]}")
+    return settings

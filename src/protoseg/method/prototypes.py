@@ -64,8 +64,9 @@ def momentum_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. (8): p <- mu p + (1 - mu) m, m the unit mean of the pixels given to p; then unit length again.
 
-    `constant` is the paper's rule. `bias_corrected` divides by the weight seen so far, (1 - mu) / (1 - mu^hits): the
-    first hit replaces the start. `count_aware` weighs a step by its pixels (up to `count_cap`) and averages the means
+    `constant` is the paper's rule. `bias_corrected` divides by the weight seen so far, (1 - mu) / (1 - mu^hits), so
+    that all hits count alike until there are many; it differs from `constant` only where the start counts for nothing
+    (`start="data"`). `count_aware` weighs a step by its pixels (up to `count_cap`) and averages the means
     themselves, not their directions, so a step of 5 pixels moves less than one of 50,000. A prototype without a
     pixel, or with a sum that is not finite, keeps its bits.
 
@@ -85,7 +86,7 @@ def momentum_step(
     new_weight = momentum * weight + q
     step = q / new_weight.clamp(min=1e-12)  # C K
     if rule == "constant":  # a first hit (weight 0) replaces the start, every other moves by 1 - mu
-        step = torch.where(weight > 0, 1 - momentum, 1.0)
+        step = torch.ones_like(weight).masked_fill(weight > 0, 1 - momentum)
     step = step[..., None].to(sums.dtype)
     if rule == "count_aware":
         old, mean = prototypes * length[..., None], sums / counts.clamp(min=1)[..., None]
