@@ -6,6 +6,7 @@ The contract: `channels` and `strides` of the maps, `multiple` that the image's 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -79,7 +80,7 @@ class TimmPyramid(nn.Module):
         import timm  # here: it takes seconds
 
         if not timm.is_model(name):
-            close = ", ".join(timm.list_models(f"*{name}*")[:5])
+            close = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3))
             hint = f"did you mean {close}" if close else "timm.list_models() lists them"
             raise UserError(f"timm has no backbone {name!r}; {hint}")
         options = dict(options or {})
@@ -241,7 +242,7 @@ class TinyPyramid(nn.Module):
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
     def __init__(
-        self, widths: Sequence[int] = (32, 64, 112, 160), depths: Sequence[int] = (1, 2, 4, 2), weights: str = ""
+        self, widths: Sequence[int] = (32, 64, 112, 160), depths: Sequence[int] = (2, 3, 4, 2), weights: str = ""
     ):
         super().__init__()
         a, b, c, d = widths

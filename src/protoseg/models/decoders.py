@@ -121,7 +121,8 @@ class SmpDecoder(nn.Module):
         from segmentation_models_pytorch.base.initialization import initialize_decoder
 
         self.missing = int(strides[0] != 2)
-        self.least_cells = 8 if name == "pan" else 1  # it halves the last map three times
+        # PAN halves the last map three times; FPN's group norm of one channel a group refuses a single cell.
+        self.least_cells = {"pan": 8, "fpn": 2}.get(name, 1)
         encoder = [3, *[0] * self.missing, *channels]
         self.body, self.out_channels = _SMP[name](encoder, list(strides), width)
         initialize_decoder(self.body)

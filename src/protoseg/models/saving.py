@@ -95,6 +95,7 @@ def _config(segmenter: Segmenter, meta: Mapping[str, Any]) -> dict[str, Any]:
     if segmenter.settings is None:
         raise UserError("only a segmenter made by models.build can be saved: its settings are not known")
     model, head = segmenter.settings
+    model = dataclasses.replace(model, weights=Path(model.weights).name)  # where it lay is nobody else's business
     names = list(meta.get("names", ()))
     if len(names) != segmenter.head.num_classes:
         raise UserError(f"meta['names'] has {len(names)} class names but the head {segmenter.head.num_classes} classes")
