@@ -51,7 +51,7 @@ class Prediction:
     """One segmented image.
 
     Attributes:
-        labels: (H, W) class ids, uint8 or uint16.
+        labels: (H, W) class ids, uint8 (int32 for more than 256 classes).
         names, palette: of the C classes.
         image: (H, W, 3) uint8, what was segmented.
         confidence: (H, W) float32 probability of the chosen class, if asked for.
@@ -120,10 +120,12 @@ class Predictor:
         height, width = pixels.shape[:2]
         small = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), self._sizes)
         evaluation = affordable(self.evaluation, len(self.names), (small.shape[-2], small.shape[-1]))
-        labels, sure = segment_labels(self.segmenter, small, evaluation, (height, width), confidence=confidence)
-        kind = np.uint8 if len(self.names) <= 256 else np.uint16
+        kind = torch.uint8 if len(self.names) <= 256 else torch.int32
+        labels, sure = segment_labels(
+            self.segmenter, small, evaluation, (height, width), confidence=confidence, dtype=kind
+        )
         return Prediction(
-            labels=labels.cpu().numpy().astype(kind),
+            labels=labels.cpu().numpy(),
             names=self.names,
             palette=self.palette,
             image=pixels,
