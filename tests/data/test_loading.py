@@ -1,5 +1,7 @@
 """A loader that is stopped anywhere continues with the next batch, and ranks share one global order."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,10 +11,10 @@ from protoseg.data.dataset import SegmentationDataset
 from protoseg.data.loading import BatchOrder, epoch_order, evaluation_loader, training_loader
 
 
-def dataset(length=14, transform=True, cache=False):
+def dataset(length=14, transform=True):
     data = Data(length=length, crop_size=(16, 24))
     source = catalog.find(data, "train")
-    return SegmentationDataset(source, transforms.training(data, source.labels, 3) if transform else None, cache)
+    return SegmentationDataset(source, transforms.training(data, source.labels, 3) if transform else None)
 
 
 def global_batches(items, world, batch, accumulate, epochs=2, seed=1):
@@ -121,7 +123,8 @@ def test_evaluation_sees_every_image_once(items, world):
 
 
 def test_cached_items_are_the_same_items():
-    plain, kept = dataset(), dataset(cache=True)
+    plain, kept = dataset(), SegmentationDataset(replace(dataset().source, cache=True), dataset().transform)
+    assert (plain._kept, kept._kept) == (None, {})
     for epoch in range(2):
         for index in range(4):
             assert torch.equal(plain[epoch, index]["image"], kept[epoch, index]["image"])

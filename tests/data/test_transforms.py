@@ -72,7 +72,9 @@ def test_padding_is_mean_colour_and_ignored():
     assert torch.equal(out["label"][:20, :30], sample(20, 30)["label"])
     assert (out["label"][20:] == 255).all()
     assert (out["label"][:, 30:] == 255).all()
-    assert out["image"][:, -1, -1].tolist() == [124, 116, 104]
+    for index in range(8):  # neither colour nor flip touches it
+        out = transforms.training(Data(crop_size=(100, 150)), LABELS, 0)(sample(20, 30), 0, index)
+        assert out["image"][:, -1, -1].tolist() == [124, 116, 104]
 
 
 def test_image_and_label_move_together():

@@ -37,7 +37,7 @@ class Source:
         stems: a name for each item, unique within the split.
         images, masks: one path an item; a mask may be `None` (no labels). Empty for generated scenes.
         scenes: the generator of `synthetic`, else `None`.
-        exif, max_pixels: how files are read (`data.images`).
+        exif, max_pixels, cache: how files are read (`data.images`) and whether items are kept in memory.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Source:
     scenes: synthetic.Scenes | None = None
     exif: bool = False
     max_pixels: int = MAX_PIXELS
+    cache: bool = False
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -78,7 +79,7 @@ def scan(data: Data, split: str) -> tuple[Source, list[Fault]]:
         raise DataError(f"data.limit is {data.limit}; expected at least 1, or none")
     if data.name == "synthetic":
         scenes = synthetic.scenes(split, data.length, data.crop_size, data.limit)
-        return Source("synthetic", split, scenes.stems, (), (), synthetic.LABELS, scenes), []
+        return Source("synthetic", split, scenes.stems, (), (), synthetic.LABELS, scenes, cache=data.cache), []
     if data.name == "folder":
         file, root = folder.locate(data.file, data.root or os.environ.get("PROTOSEG_FOLDER", ""))
         images, masks, labels, wanted = folder.read(file, root, split)
@@ -91,14 +92,10 @@ def scan(data: Data, split: str) -> tuple[Source, list[Fault]]:
     pairs = pairs[: data.limit]
     stems, images_, masks_ = zip(*pairs) if pairs else ((), (), ())
     source = Source(
-        data.name, split, stems, images_, masks_, layout.labels, None, data.exif, data.max_pixels
+        data.name, split, stems, images_, masks_, layout.labels,
+        exif=data.exif, max_pixels=data.max_pixels, cache=data.cache,
     )  # fmt: skip
     return source, faults
-
-
-def labels(data: Data) -> LabelSpace:
-    """The label space of a data set."""
-    return scan(data, data.train_split)[0].labels
 
 
 def _root(data: Data) -> Path:

@@ -26,7 +26,8 @@ class SegmentationDataset(Dataset[Sample]):
     Args:
         source: which pairs (`catalog.find`).
         transform: called as `transform(sample, epoch, index)`; `None` gives items as they are on disk.
-        cache: keep decoded items in memory, in each loader process of its own: H * W * 4 bytes an item.
+        cache: keep decoded items in memory, in each loader process of its own: H * W * 4 bytes an item. `None`: what
+            `data.cache` said when the source was found.
 
     `dataset[index]` or `dataset[(epoch, index)]` gives a dict: `image` (3, H, W) uint8 RGB, `label` (H, W) int64 train
     ids (all `ignore_index` where the source has no mask), `index`, `name`. An item is a pure function of
@@ -36,10 +37,10 @@ class SegmentationDataset(Dataset[Sample]):
         DataError: a file that cannot be used, named.
     """
 
-    def __init__(self, source: Source, transform: Transform | None = None, cache: bool = False) -> None:
+    def __init__(self, source: Source, transform: Transform | None = None, cache: bool | None = None) -> None:
         self.source = source
         self.transform = transform
-        self._kept: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
+        self._kept: dict[int, tuple[Tensor, Tensor]] | None = {} if (source.cache if cache is None else cache) else None
 
     @property
     def labels(self) -> LabelSpace:

@@ -29,9 +29,9 @@ GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision
 def training(data: Data, labels: LabelSpace, seed: int) -> Transform:
     """Random scale, crop, flip and colour for training: uint8 image and label of `data.crop_size`.
 
-    In order: resize to `base_size` times a uniform factor of `scale_range` (one resampling, not two); pad at the
-    right and the bottom with the mean colour and `ignore_index`; crop, again while one class covers more than
-    `cat_max_ratio` of the labelled pixels; flip; colour.
+    In order: resize to `base_size` times a uniform factor of `scale_range` (one resampling, not two); crop,
+    again while one class covers more than `cat_max_ratio` of the labelled pixels; flip; colour; pad at the right and
+    the bottom with the mean colour and `ignore_index`.
 
     Raises:
         DataError: settings that make no sense, when it is built rather than at the first sample.
@@ -54,12 +54,14 @@ def training(data: Data, labels: LabelSpace, seed: int) -> Transform:
         size = max(1, round(height * factor)), max(1, round(width * factor))
         resized = resize_label(label, size)
         corner = _place(draw, resized, data, labels.ignore_index)
-        image = cut(_resize(image, size), corner, data.crop_size, FILL)
-        label = cut(resized[None], corner, data.crop_size, [labels.ignore_index])[0]
+        rows, columns = (slice(start, start + side) for start, side in zip(corner, data.crop_size))
+        image, label = _resize(image, size)[:, rows, columns], resized[rows, columns]
         if _uniform(draw) < data.hflip:
             image, label = image.flip(-1), label.flip(-1)
         if data.photometric:
             image = recolour(image, *colour_draws(draw))
+        image = pad(image, data.crop_size, FILL)  # last, so that what is no picture has one colour
+        label = pad(label[None], data.crop_size, [labels.ignore_index])[0]
         return {**sample, "image": image, "label": label}
 
     return transform
@@ -103,14 +105,12 @@ def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(label.numpy().take(columns, axis=1)[rows])  # four times as fast as index_select
 
 
-def cut(image: Tensor, corner: tuple[int, int], window: tuple[int, int], fill: Sequence[float]) -> Tensor:
-    """The window (height, width) at `corner` of (C, H, W); what is beyond it is `fill`."""
-    top, left = corner
-    part = image[..., top : top + window[0], left : left + window[1]]
-    height, width = part.shape[-2:]
-    if (height, width) == window:
-        return part
-    return F.pad(part, [0, 0, window[1] - width, window[0] - height], fill=list(fill))
+def pad(image: Tensor, size: tuple[int, int], fill: Sequence[float]) -> Tensor:
+    """(C, H, W) enlarged to `size` (height, width) with `fill` (one value, or C) at the right and at the bottom."""
+    height, width = image.shape[-2:]
+    if (height, width) == size:
+        return image
+    return F.pad(image, [0, 0, size[1] - width, size[0] - height], fill=list(fill))
 
 
 def colour_draws(draw: torch.Generator) -> tuple[float, float, float, float]:
@@ -138,8 +138,9 @@ def recolour(image: Tensor, brightness: float, contrast: float, saturation: floa
     if (brightness, contrast, saturation, hue) == (0.0, 1.0, 1.0, 0.0):
         return image
     grey = torch.tensor(GREY)
-    pixels = image.contiguous().view(3, -1).float()  # 3 N: planes multiply four times as fast as triples
-    mean_grey = float(grey @ pixels.mean(1)) + brightness
+    planes = image.contiguous().view(3, -1)  # 3 N: planes multiply four times as fast as triples
+    mean = planes.sum(1) / planes.shape[1]  # summed in integers, the same for any number of threads
+    mean_grey = float(grey @ mean) + brightness
     cos, sin = math.cos(hue), math.sin(hue)
     third, cross = (1 - cos) / 3, sin / math.sqrt(3)
     a, b, c = cos + third, third - cross, third + cross
@@ -147,7 +148,7 @@ def recolour(image: Tensor, brightness: float, contrast: float, saturation: floa
     fade = saturation * torch.eye(3) + (1 - saturation) * grey.expand(3, 3)
     matrix = turn @ fade  # both keep greys, so what is added before them passes through
     offset = contrast * brightness + (1 - contrast) * mean_grey
-    mixed = torch.addmm(torch.tensor(offset), contrast * matrix, pixels)
+    mixed = torch.addmm(torch.tensor(offset), contrast * matrix, planes.float())
     return mixed.round_().clamp_(0, 255).to(torch.uint8).view(image.shape)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -130,7 +131,7 @@ def stats(data: Data, split: str = "train", *, json: bool = False) -> int:
 def inspect(data: Data) -> Report:
     """Everything that is wrong with a data set. Opens every file; never raises for a fault in the data."""
     report = Report()
-    seen: dict[Any, str] = {}
+    known: dict[Any, str] = {}
     for split in dict.fromkeys((data.train_split, data.val_split, data.test_split)):
         try:
             source, faults = catalog.scan(data, split)
@@ -141,17 +142,27 @@ def inspect(data: Data) -> Report:
             else:
                 report.faults.append((split, _fault("", error)))
             continue
-        if len(source) and source.images and (source.images, source.masks) in seen:
-            report.hints.append(f"{split} is the same pairs as {seen[source.images, source.masks]}")
+        if len(source) and source.images and (source.images, source.masks) in known:
+            report.hints.append(f"{split} is the same pairs as {known[source.images, source.masks]}")
             continue
-        seen[source.images, source.masks] = split
+        known[source.images, source.masks] = split
         report.faults += [(split, fault) for fault in faults]
         report.pairs[split] = len(source)
-        opened = _each(source, open_pair, data.workers)
-        report.faults += [(split, fault) for result in opened for fault in result.faults]
-        report.hints += _hints(source, opened, split)
-    trained = {image for (images, _), split in seen.items() if split == data.train_split for image in images}
-    for (images, _), split in seen.items():
+        masks: Counter[str] = Counter()
+        area: Counter[str] = Counter()
+        pixels = np.zeros(source.labels.num_classes, dtype=np.int64)
+        for opened in _each(source, open_pair, data.workers):
+            report.faults += [(split, fault) for fault in opened.faults]
+            masks.update(opened.unknown.keys())
+            area.update(opened.unknown)
+            pixels += 0 if opened.pixels is None else opened.pixels
+        report.hints += [f"{split}: value {v} is unknown in {n} masks, {area[v]} px" for v, n in masks.most_common(20)]
+        report.hints += likely_reason(source.labels, pixels, masks)
+        missing = [name for name, seen in zip(source.labels.names, pixels) if not seen]
+        if missing and pixels.any():
+            report.hints.append(f"{split}: {len(missing)} classes never occur: {', '.join(missing[:20])}")
+    trained = {image for (images, _), split in known.items() if split == data.train_split for image in images}
+    for (images, _), split in known.items():
         if split != data.train_split:
             report.faults += [
                 (split, Fault(str(image), "also trained on", "take it out of one split", True))
@@ -240,10 +251,15 @@ def _count_one(source: Source, index: int) -> Counts:
     return Counts(pixels, images, images * known.size, label.size - known.size, levels)
 
 
-def _each(source: Source, work: Callable[[Source, int], T], workers: int) -> list[T]:
+def _each(source: Source, work: Callable[[Source, int], T], workers: int) -> Iterator[T]:
     """`work` on every pair, in order. Threads: decoders let go of the interpreter while they work."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return list(pool.map(lambda index: work(source, index), range(len(source))))
+        for done, result in enumerate(pool.map(lambda index: work(source, index), range(len(source))), 1):
+            if sys.stderr.isatty() and (done % 50 == 0 or done == len(source)):
+                print(f"\r{source.split}: {done} of {len(source)}", end="", file=sys.stderr, flush=True)
+            yield result
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
 
 
 def _fault(file: str, error: DataError) -> Fault:
@@ -251,24 +267,6 @@ def _fault(file: str, error: DataError) -> Fault:
     text = str(error).removeprefix(f"{file}: ") if file else str(error)
     what, _, fix = text.rpartition("; ")
     return Fault(file, what or text, fix if what else "")
-
-
-def _hints(source: Source, opened: Iterable[Opened], split: str) -> list[str]:
-    """What all masks together say: one line a value, a likely reason, classes that never occur."""
-    masks: Counter[str] = Counter()
-    area: Counter[str] = Counter()
-    pixels = np.zeros(source.labels.num_classes, dtype=np.int64)
-    for result in opened:
-        masks.update(result.unknown.keys())
-        area.update(result.unknown)
-        if result.pixels is not None:
-            pixels += result.pixels
-    hints = [f"{split}: value {v} is unknown in {n} masks, {area[v]} px" for v, n in masks.most_common(20)]
-    hints += likely_reason(source.labels, pixels, masks)
-    missing = [name for name, seen in zip(source.labels.names, pixels) if not seen]
-    if missing and pixels.any():
-        hints.append(f"{split}: {len(missing)} classes never occur: {', '.join(missing[:20])}")
-    return hints
 
 
 def likely_reason(labels: LabelSpace, pixels: NDArray[np.int64], unknown: Iterable[str]) -> list[str]:
