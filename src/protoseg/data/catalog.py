@@ -115,7 +115,7 @@ def _below(root: Path, marks: Iterable[str], inner: Iterable[str] = (), *, expec
         if any((candidate / mark).exists() for mark in marks):
             return candidate
     there = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-    raise DataError(f"{root}: layout not known, expected {expected}; found {there}. Check data.root")
+    raise DataError(f"{root}: layout not known, expected {expected}, found {there}; check data.root")
 
 
 def _folder_of(split: str, names: dict[str, str], name: str) -> str:

@@ -139,7 +139,7 @@ def inspect(data: Data) -> Report:
             absent = isinstance(error, NoSplit) and split not in (data.train_split, data.val_split)
             if absent:
                 report.hints.append(f"no split {split!r}: {error}")
-            else:
+            elif all(fault != _fault("", error) for _, fault in report.faults):  # a bad root is bad for every split
                 report.faults.append((split, _fault("", error)))
             continue
         if len(source) and source.images and (source.images, source.masks) in known:
