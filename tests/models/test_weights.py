@@ -140,6 +140,7 @@ def test_the_shared_mobilenet_equals_timms_own_loading():
     theirs = timm.create_model(
         "mobilenetv2_100", pretrained=True, features_only=True, out_indices=(1, 2, 3, 4), pretrained_cfg_overlay=overlay
     ).eval()
+    theirs = theirs.to(memory_format=torch.channels_last)  # as a segmenter is: another layout rounds otherwise
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         for a, b in zip(segmenter.backbone(images), theirs(images)):
