@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Sequence
 
@@ -44,6 +45,18 @@ def _oklch(lightness: float, chroma: float, hue: float) -> Colour:
 
     red, green, blue = (encoded(v) for v in linear)
     return red, green, blue
+
+
+def shades(colour: Colour, count: int) -> tuple[Colour, ...]:
+    """`count` relatives of a colour, from dark to light with a turning hue: prototypes of one class, told apart."""
+    hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in colour))
+    relatives = []
+    for i in range(count):
+        step = i / (count - 1) - 0.5 if count > 1 else 0.0  # -0.5 to 0.5
+        mixed = 0.3 * lightness + 0.7 * (0.52 + 0.5 * step) if count > 1 else lightness
+        red, green, blue = colorsys.hls_to_rgb((hue + 0.12 * step) % 1, mixed, max(0.45, saturation))
+        relatives.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return tuple(relatives)
 
 
 def colourise(labels: np.ndarray, palette: Palette, ignore_index: int = 255) -> np.ndarray:
