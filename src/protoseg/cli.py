@@ -10,11 +10,13 @@ here (`checked_load`, `import_path_denylist`).
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 import yaml
@@ -47,10 +49,9 @@ def one_line(message: object) -> str:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 done, 1 failed, 2 wrong usage, 3 data refused, 130 interrupted, 143 terminated."""
-    code = 0
-    verb, given = parse(sys.argv[1:] if argv is None else argv)
     try:
-        verb(given)
+        verb, given = parse(sys.argv[1:] if argv is None else argv)
+        code = verb(given) or 0
     except DataError as error:
         print(f"protoseg: error: {one_line(error)}", file=sys.stderr)
         code = DATA_REFUSED
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def parse(argv: list[str]) -> tuple[Callable[[Any], Any], Any]:
+def parse(argv: list[str]) -> tuple[Callable[[Any], int | None], Any]:
     """The verb's function and its settings, checked and typed. Exits with 2 where they are wrong."""
     guard()
     parser = build_parser()
@@ -73,11 +74,18 @@ def parse(argv: list[str]) -> tuple[Callable[[Any], Any], Any]:
     try:
         # a denied import escapes as ImportError, too deep a YAML as RecursionError
         given = parser.parse_args(argv)
+        verb = next(verb for verb in VERBS if given.verb in (verb.name, *verb.aliases))
+        known = recorded(given[given.verb].model, verb.from_run) if verb.from_run else {}
+        if known:
+            options = [f"--{section}={json.dumps(values)}" for section, values in known.items()]
+            given = parser.parse_args([argv[0], *options, *argv[1:]])
         given = parser.instantiate(given)
     except (ImportError, RecursionError) as error:
         parser.error(str(error))
-    name, settings = given.verb, given[given.verb]
-    verb = next(verb for verb in VERBS if name in (verb.name, *verb.aliases))
+    settings = given[given.verb]
+    for section in verb.from_run:
+        if section not in known and not any(word.startswith(f"--{section}") for word in argv):
+            settings[section] = None  # not the defaults: the task says what is missing, or decides
     if verb.parts:
         part = next(part for part in verb.parts if part.name == settings.part)
         return part.run, settings[settings.part]
@@ -137,15 +145,27 @@ def recipe_options(parser: Parser, shown: tuple[str, ...] = ()) -> None:
     """
     parser.add_argument("--config", action="config", help="a YAML of settings; several are applied in order")
     parser.add_class_arguments(Recipe, None)
+    explain(parser)
+    for action in parser._actions:
+        if shown and action.dest.split(".")[0] not in (*shown, "config", "help", "print_config"):
+            action.help = jsonargparse.SUPPRESS
+
+
+def section_options(parser: Parser, *sections: type) -> None:
+    """Sections of `Recipe` as options, `--data.name` and so on."""
+    for section in sections:
+        parser.add_class_arguments(section, section.__name__.lower())
+    explain(parser)
+
+
+def explain(parser: Parser) -> None:
+    """Give the options that are settings the text of their docstrings."""
     helps = argument_help(Recipe)
     for section in (Data, Model, Head, Optim, Evaluation):
         prefix = section.__name__.lower()
         helps |= {f"{prefix}.{name}": text for name, text in argument_help(section).items()}
     for action in parser._actions:
-        if shown and action.dest.split(".")[0] not in (*shown, "config", "help", "print_config"):
-            action.help = jsonargparse.SUPPRESS
-        elif action.dest in helps:
-            action.help = helps[action.dest]
+        action.help = helps.get(action.dest, action.help)
     for group in parser._action_groups:
         found = re.search(r"protoseg\.config\.(\w+)", group.title or "")
         if found:
@@ -174,10 +194,122 @@ def recipe_of(settings: Any) -> Recipe:
     return Recipe(**{name: settings[name] for name in Recipe.__dataclass_fields__})
 
 
+def _json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def train(settings: Any) -> None:
     from protoseg.tasks.training import train
 
     train(recipe_of(settings))
+
+
+def data_options(parser: Parser) -> None:
+    recipe_options(parser, shown=("data",))
+    _json(parser)
+
+
+def data_check(settings: Any) -> int:
+    from protoseg.tasks.audit import check
+
+    return check(settings.data, json=settings.json)
+
+
+def stats_options(parser: Parser) -> None:
+    parser.add_argument("--split", type=str, default="train", help="which split to count (default: train)")
+    data_options(parser)
+
+
+def data_stats(settings: Any) -> int:
+    from protoseg.tasks.audit import stats
+
+    return stats(settings.data, settings.split, json=settings.json)
+
+
+def evaluate_options(parser: Parser) -> None:
+    parser.add_argument("model", type=str, help="a run folder (its final model), or a model folder such as runs/a/best")
+    parser.add_argument("--split", type=str, default="test", help="train, val or test, as --data.test_split names it")
+    parser.add_argument("--out", type=str, default="", help="the JSON file; empty: in the model's folder")
+    _device(parser)
+    _json(parser)
+    section_options(parser, Data, Evaluation)
+
+
+def evaluate(settings: Any) -> None:
+    from protoseg.tasks.evaluation import evaluate
+
+    names = ("data", "split", "evaluation", "out", "json", "device")
+    evaluate(settings.model, **{name: settings[name] for name in names})
+
+
+def predict_options(parser: Parser) -> None:
+    parser.add_argument("model", type=str, help="a run folder (its final model), or a model folder such as runs/a/best")
+    parser.add_argument("images", type=str, nargs="+", help="images, folders and globs")
+    parser.add_argument("--out", type=str, default="predictions", help="folder to write to")
+    parser.add_argument("--overlay", type=bool, default=True, help="also write the image under its labels")
+    parser.add_argument("--confidence", action="store_true", help="also write the probability of the chosen class")
+    parser.add_argument(
+        "--submission_format",
+        type=Literal["", "ade20k", "cityscapes"],
+        default="",
+        help="the ids a benchmark server wants",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="do again what is there already")
+    parser.add_argument("--exif", action="store_true", help="turn images upright as their EXIF orientation says")
+    _device(parser)
+    section_options(parser, Evaluation)
+
+
+def predict(settings: Any) -> int:
+    from protoseg.tasks.prediction import predict
+
+    names = ("out", "overlay", "confidence", "evaluation", "submission_format", "overwrite", "exif", "device")
+    return predict(settings.model, settings.images, **{name: settings[name] for name in names}).exit_code
+
+
+def _device(parser: Parser) -> None:
+    parser.add_argument("--device", type=Literal["auto", "cpu", "gpu"], default="auto", help="auto takes a GPU if any")
+
+
+def recorded(model: str, sections: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Settings of the run a model lies in, by section; empty where it lies in none.
+
+    Raises:
+        UserError: the run's `config.yaml` is not a mapping.
+    """
+    folder = Path(model).absolute()
+    # a model folder lies in its run; a run folder holds the file itself
+    places = [folder.parent] if (folder / "model.safetensors").is_file() else [folder]
+    path = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+    if path is None:
+        return {}
+    try:
+        settings = checked_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as fault:
+        raise UserError(f"{path}: cannot be read ({fault}); it is written by protoseg train") from fault
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: not a mapping of settings; it is written by protoseg train")
+    return {name: settings[name] for name in sections if isinstance(settings.get(name), dict)}
+
+
+def demo_options(parser: Parser) -> None:
+    parser.add_argument("--out", type=str, default="demo", help="folder to write to")
+    parser.add_argument("--steps", type=int, default=300, help="optimiser steps of each network")
+    parser.add_argument("--seed", type=int, default=0, help="of both trainings")
+    parser.add_argument("--num_prototypes", type=int, default=5, help="per class")
+    parser.add_argument("--accelerator", type=Literal["auto", "cpu", "gpu"], default="auto", help="auto, cpu or gpu")
+
+
+def demo(settings: Any) -> None:
+    from protoseg.tasks.demo import demo
+
+    demo(
+        settings.out,
+        steps=settings.steps,
+        seed=settings.seed,
+        num_prototypes=settings.num_prototypes,
+        accelerator=settings.accelerator,
+    )
 
 
 def info_options(parser: Parser) -> None:
@@ -185,7 +317,7 @@ def info_options(parser: Parser) -> None:
         "folder", type=str, nargs="?", default="", help="a run or model folder; none: what is installed"
     )
     parser.add_argument("--recipes", type=str, default="recipes", help="folder of recipes (default: recipes)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    _json(parser)
 
 
 def info(settings: Any) -> None:
@@ -202,8 +334,9 @@ class Verb:
         name, aliases: what is typed.
         help: one line in the list of verbs.
         options: adds the verb's options to its parser.
-        run: called with the parsed settings.
+        run: called with the parsed settings; what it returns is the exit code, None meaning 0.
         parts: second words, as in `data check`.
+        from_run: sections that are taken from the run of `model` where the user does not give them.
         usage: shown in place of the list of all options.
         description: shown above the options.
     """
@@ -211,9 +344,10 @@ class Verb:
     name: str
     help: str
     options: Callable[[Parser], None] | None = None
-    run: Callable[[Any], Any] = print
+    run: Callable[[Any], int | None] = lambda _: None
     aliases: tuple[str, ...] = ()
     parts: tuple[Verb, ...] = ()
+    from_run: tuple[str, ...] = ()
     usage: str | None = None
     description: str | None = None
 
@@ -226,5 +360,44 @@ VERBS = (
         train,
         usage="protoseg train [--config FILE] [--print_config] [--steps N] [--data.name NAME] [--SETTING VALUE ...]",
     ),
+    Verb(
+        "evaluate",
+        "measure a model on a split",
+        evaluate_options,
+        evaluate,
+        aliases=("eval", "val", "test"),
+        from_run=("data", "evaluation"),
+        usage="protoseg evaluate MODEL [--split SPLIT] [--json] [--data.* VALUE ...] [--evaluation.* VALUE ...]",
+        description="Measure a model on a split. Data and evaluation settings are those of its run unless given.",
+    ),
+    Verb(
+        "predict",
+        "segment images, folders of images or globs",
+        predict_options,
+        predict,
+        from_run=("evaluation",),
+        usage="protoseg predict MODEL IMAGES [IMAGES ...] [--out FOLDER] [--evaluation.* VALUE ...]",
+    ),
+    Verb(
+        "data",
+        "check a data set, count its classes",
+        parts=(
+            Verb(
+                "check",
+                "open every pair and list all faults with the fix",
+                data_options,
+                data_check,
+                usage="protoseg data check [--config FILE] [--data.name NAME] [--data.root DIR] [--data.* VALUE ...]",
+            ),
+            Verb(
+                "stats",
+                "class frequencies, loss weights, pixel mean and deviation",
+                stats_options,
+                data_stats,
+                usage="protoseg data stats [--split SPLIT] [--config FILE] [--data.name NAME] [--data.* VALUE ...]",
+            ),
+        ),
+    ),
+    Verb("demo", "train softmax and prototypes on generated scenes and compare them", demo_options, demo),
     Verb("info", "what is installed, or what a run or model folder holds", info_options, info),
 )

@@ -40,6 +40,7 @@ from protoseg.config import Data, Recipe, UserError
 from protoseg.data import catalog, loading, transforms
 from protoseg.data.catalog import Source
 from protoseg.data.dataset import SegmentationDataset
+from protoseg.engine import optim
 from protoseg.engine.averaging import WeightAverage
 from protoseg.engine.checkpoints import AtomicFiles, Checkpoints, StopRequest, read_checkpoint
 from protoseg.engine.module import SegmentationModule
@@ -214,6 +215,7 @@ def check(recipe: Recipe) -> None:
     for name in ("val_every", "checkpoint_every", "log_every", "seed"):
         if getattr(recipe, name) < 0:
             raise UserError(f"{name} must not be negative, given {getattr(recipe, name)}")
+    optim.check(recipe.optim)
     if not 0 <= recipe.ema < 1:
         raise UserError(f"ema is the decay of a moving average and must lie in [0, 1), given {recipe.ema}")
     if recipe.data.workers < 0:

@@ -1,0 +1,363 @@
+"""Training as a user meets it: a run folder, resume after a kill, signals, refusals."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from protoseg.config import Data, DataError, Head, Model, Optim, Recipe, UserError
+from protoseg.models import saving
+from protoseg.tasks import training
+from protoseg.tasks.training import Machine, Stream, train
+
+STEPS = 8
+
+
+def small(out, **changes):
+    recipe = Recipe(
+        data=Data(crop_size=(32, 48), length=20, limit=20, workers=0),
+        model=Model(network="tiny"),
+        head=Head(num_prototypes=3, embed_dim=8),
+        steps=STEPS,
+        batch_size=4,
+        micro_batch=2,  # two micro-batches a step; 5 steps an epoch, so the run crosses into the second
+        val_every=4,
+        checkpoint_every=1,
+        log_every=2,
+        out=str(out),
+        accelerator="cpu",
+    )
+    return replace(recipe, **changes)
+
+
+def last(run):
+    return torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(one, other, where=""):
+    """Bitwise equality of nested plain data with tensors."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other)):
+            assert_same(*pair, f"{where}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+def metrics(run):
+    """What a run measured, without what depends on the machine's mood."""
+    with open(Path(run) / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("ms_per_step", "data_ms")} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread only waits, and on a busy machine it waits long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run, and the indices of the images of each micro-batch in order."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        seen = record(patch)
+        train(small(run))
+    return run, seen
+
+
+def record(patch):
+    seen = []
+    original = Stream.__iter__
+
+    def spied(self):
+        for batch in original(self):
+            seen.append(batch["index"].tolist())
+            yield batch
+
+    patch.setattr(Stream, "__iter__", spied)
+    return seen
+
+
+def test_a_run_folder_holds_what_the_documentation_says(whole):
+    run, _ = whole
+    assert {path.name for path in run.iterdir()} == {
+        *("config.yaml", "env.json", "metrics.csv", "tensorboard", "checkpoints", "best", "final"),
+    }
+    environment = json.loads((run / "env.json").read_text())[-1]
+    assert environment["global_batch"] == 4
+    assert environment["accumulate"] == 2
+    assert environment["train_items"] == 20
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert yaml.safe_load((run / "config.yaml").read_text())["head"]["num_prototypes"] == 3
+    assert [row["step"] for row in metrics(run)] == ["2", "4", "4", "6", "8", "8"]
+
+
+def test_best_and_final_are_models_that_load(whole):
+    run, _ = whole
+    final, meta = saving.load(run / "final")
+    assert meta["names"][0] == "sky"
+    assert meta["step"] == STEPS
+    state = {name.removeprefix("model."): value for name, value in last(run)["state_dict"].items()}
+    assert_same(dict(final.state_dict()), {name: state[name] for name in final.state_dict()})
+    _, meta = saving.load(run / "best")
+    scores = {row["step"]: row["val/miou"] for row in metrics(run) if row["val/miou"]}
+    best = max(scores.values(), key=float)
+    assert scores[str(meta["step"])] == best
+    assert meta["metrics"]["val/miou"] == pytest.approx(float(best))
+
+
+def test_checkpoints_hold_plain_data_only(whole):
+    last(whole[0])  # weights_only=True refuses anything else
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours may act on it."""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kill", [1, 4, 5, 7])
+def test_a_killed_run_continues_bitwise_equal(whole, tmp_path, monkeypatch, kill, workers):
+    run, seen = whole
+    recipe = small(tmp_path / "run", data=replace(small("").data, workers=workers))
+
+    def die(self, trainer, *_):
+        if trainer.global_step == kill:
+            self._between_steps = False  # so that the exception leaves no checkpoint, as a kill would not
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before = record(patch)
+        patch.setattr(training.Checkpoints, "on_train_batch_start", die)
+        train(recipe)
+    assert last(recipe.out)["global_step"] == kill
+    with monkeypatch.context() as patch:
+        after = record(patch)
+        train(replace(recipe, resume="auto"))
+
+    assert before[: 2 * kill] + after == seen
+    ours, theirs = last(recipe.out), last(run)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(ours[part], theirs[part])
+    assert metrics(recipe.out) == metrics(run)
+    for name in ("best", "final"):
+        one, two = saving.load(Path(recipe.out) / name), saving.load(run / name)
+        assert_same(dict(one[0].state_dict()), dict(two[0].state_dict()))
+        assert one[1] == two[1]
+
+
+def test_a_run_killed_while_it_validates_validates_when_resumed(whole, tmp_path, monkeypatch):
+    run, _ = whole
+    recipe = small(tmp_path / "run")
+
+    def die(*_):
+        raise Killed
+
+    for _ in range(2):  # the second time it dies in the validation that resuming begins with
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(training.SegmentationModule, "validate", die)
+            train(replace(recipe, resume="auto"))
+        assert last(recipe.out)["global_step"] == 4
+    train(replace(recipe, resume="auto"))
+    assert metrics(recipe.out) == metrics(run)
+
+
+def test_ema_is_resumed_evaluated_and_saved(tmp_path, monkeypatch):
+    recipe = small(tmp_path / "whole", ema=0.9)
+    train(recipe)
+    other = replace(recipe, out=str(tmp_path / "cut"))
+
+    def die(self, trainer, *_):
+        self._between_steps = False
+        if trainer.global_step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training.Checkpoints, "on_train_batch_start", die)
+        train(other)
+    train(replace(other, resume="auto"))
+    assert_same(last(other.out)["callbacks"], last(recipe.out)["callbacks"])
+    assert metrics(other.out) == metrics(recipe.out)
+
+    state = last(recipe.out)
+    average = next(s["average"] for s in state["callbacks"].values() if "average" in s)
+    final = saving.load(Path(recipe.out) / "final")[0]
+    weights = dict(final.named_parameters())
+    assert_same({f"model.{k}": v.data for k, v in weights.items()}, average)
+    assert not all(torch.equal(v, state["state_dict"][f"model.{k}"]) for k, v in weights.items())
+    assert torch.equal(final.head.prototypes, state["state_dict"]["model.head.prototypes"])
+
+
+SCRIPT = """
+import sys, yaml
+from protoseg.cli import main
+main(sys.argv[1:])
+"""
+
+
+def options(recipe):
+    given = {
+        "steps": recipe.steps, "batch_size": 4, "micro_batch": 2, "val_every": recipe.val_every, "log_every": 2,
+        "checkpoint_every": recipe.checkpoint_every, "out": recipe.out, "accelerator": "cpu", "resume": "auto",
+        "data.crop_size": "[32,48]", "data.length": 20, "data.limit": 20, "data.workers": recipe.data.workers,
+        "model.network": "tiny", "head.num_prototypes": 3, "head.embed_dim": 8,
+    }  # fmt: skip
+    return ["train", *(f"--{name}={value}" for name, value in given.items())]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_its_exit_code(tmp_path, number, code, workers):
+    recipe = small(tmp_path / "run", steps=100_000, checkpoint_every=0, val_every=0)
+    recipe = replace(recipe, data=replace(recipe.data, workers=workers))
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *options(recipe)],
+            stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    wait_for(lambda: "step 4/" in log.read_text(), process)
+    process.send_signal(number)
+    assert process.wait(60) == code, log.read_text()
+    assert f"stopped by {signal.Signals(number).name}" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert last(recipe.out)["global_step"] >= 4
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the process ended early"
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def test_sigkill_at_any_moment_leaves_a_checkpoint_that_continues(whole, tmp_path):
+    recipe = small(tmp_path / "run")
+    command = [sys.executable, "-c", SCRIPT, *options(recipe)]
+    path = Path(recipe.out) / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(path.is_file, process)
+    process.kill()
+    process.wait()
+    train(replace(recipe, resume="auto"))
+    assert_same(last(recipe.out)["state_dict"], last(whole[0])["state_dict"])
+
+
+def test_an_existing_run_is_refused_and_nothing_changes(whole):
+    run, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(UserError, match="--resume auto"):
+        train(small(run))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_second_training_in_one_folder_is_refused(tmp_path):
+    recipe = small(tmp_path / "run")
+    with training.locked(Path(recipe.out)), pytest.raises(UserError, match="another training"):
+        train(replace(recipe, resume="auto"))
+
+
+def test_a_run_continues_only_with_its_own_settings(whole):
+    run, _ = whole
+    with pytest.raises(UserError, match=r"optim.lr was 0.001, now 0.1"):
+        train(small(run, resume="auto", optim=Optim(lr=0.1)))
+
+
+def test_a_finished_run_can_be_resumed_and_changes_nothing(whole):
+    run, _ = whole
+    before = last(run)["state_dict"]
+    train(small(run, resume="auto"))
+    assert_same(last(run)["state_dict"], before)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    recipe = small(tmp_path / "run", resume="auto")
+    path = Path(recipe.out) / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(UserError, match="last.ckpt: not a readable checkpoint"):
+        train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5}, "batch_size 5"),
+        ({"batch_size": 0, "micro_batch": None}, "batch_size 0"),
+        ({"steps": 0}, "steps must be"),
+        ({"ema": 1.0}, "ema"),
+        ({"precision": "16-mixed"}, "16-mixed needs a GPU"),
+        ({"resume": "nowhere.ckpt"}, "nowhere.ckpt: no such checkpoint"),
+        ({"optim": Optim(lr=-1.0)}, "optim.lr"),
+        ({"batch_size": 40}, "do not fill one global batch"),
+        ({"model": Model(network="tiny", weights="nowhere.safetensors")}, "nowhere.safetensors"),
+        ({"data": Data(name="folder", root="/nowhere")}, "nowhere"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_a_refused_recipe_leaves_no_folder(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(small(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_that_cannot_be_read_ends_the_run_as_a_data_error(tmp_path, monkeypatch):
+    def broken(*_):
+        raise DataError("picture.png: truncated")
+
+    monkeypatch.setattr("protoseg.data.dataset.read", broken)
+    with pytest.raises(DataError, match="picture.png"):
+        train(small(tmp_path / "run"))
+
+
+def test_a_full_disk_names_the_path_and_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    recipe = small(tmp_path / "run")
+    save = torch.save
+    written = []
+
+    def full(checkpoint, file):
+        if len(written) == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        written.append(checkpoint["global_step"])
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"last.ckpt: cannot write the checkpoint .*No space left"):
+        train(recipe)
+    monkeypatch.undo()
+    assert last(recipe.out)["global_step"] == written[-1] == 2
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_fewer_devices_accumulate():
+    recipe = small("x", batch_size=16, micro_batch=4)
+    assert Machine.of(recipe).accumulate == 4
+    assert Machine.of(replace(recipe, micro_batch=None)).accumulate == 1
+    assert Machine.of(replace(recipe, devices=2)).accumulate == 2
+
+
+def test_training_learns(tmp_path):
+    run = train(small(tmp_path / "run", steps=40, optim=Optim(lr=3e-3), checkpoint_every=0, val_every=0, log_every=4))
+    losses = [float(row["ce"]) for row in metrics(run) if row["ce"]]
+    assert sum(losses[-3:]) / 3 < 0.75 * losses[0]
