@@ -25,6 +25,11 @@ from protoseg import __version__
 from protoseg.config import Data, DataError, Evaluation, Head, Model, Optim, Recipe, UserError
 
 LARGEST_CONFIG = 1_000_000  # characters
+DEEPEST_CONFIG = 50  # levels of nesting; a recipe has 3
+OPENING = (
+    yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
+)  # fmt: skip
+CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 FAILED, USAGE, DATA_REFUSED, INTERRUPTED = 1, 2, 3, 130
 
 
@@ -83,6 +88,7 @@ def parse(argv: list[str]) -> tuple[Callable[[Any], int | None], Any]:
     except (ImportError, RecursionError) as error:
         parser.error(str(error))
     settings = given[given.verb]
+    settings.typed = given.verb
     for section in verb.from_run:
         if section not in known and not any(word.startswith(f"--{section}") for word in argv):
             settings[section] = None  # not the defaults: the task says what is missing, or decides
@@ -99,15 +105,20 @@ def guard() -> None:
 
 
 def checked_load(text: str, **options: Any) -> Any:
-    """jsonargparse's YAML loader for text of bounded size and without aliases.
+    """jsonargparse's YAML loader for text of bounded size and depth and without aliases.
 
     Raises:
         yaml.YAMLError: otherwise.
     """
     if len(text) > LARGEST_CONFIG:
         raise yaml.YAMLError(f"the config has {len(text)} characters; at most {LARGEST_CONFIG} are read")
-    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-        raise yaml.YAMLError("YAML aliases (*name) are not allowed; write the value out")
+    depth = 0
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.YAMLError("YAML aliases (*name) are not allowed; write the value out")
+        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+        if depth > DEEPEST_CONFIG:
+            raise yaml.YAMLError(f"the config is nested deeper than {DEEPEST_CONFIG} levels")
     return _load(text, **options)
 
 
@@ -228,7 +239,7 @@ def data_stats(settings: Any) -> int:
 
 def evaluate_options(parser: Parser) -> None:
     parser.add_argument("model", type=str, help="a run folder (its final model), or a model folder such as runs/a/best")
-    parser.add_argument("--split", type=str, default="test", help="train, val or test, as --data.test_split names it")
+    parser.add_argument("--split", type=str, default="", help="train, val or test (default: test; of `val`: val)")
     parser.add_argument("--out", type=str, default="", help="the JSON file; empty: in the model's folder")
     _device(parser)
     _json(parser)
@@ -238,8 +249,9 @@ def evaluate_options(parser: Parser) -> None:
 def evaluate(settings: Any) -> None:
     from protoseg.tasks.evaluation import evaluate
 
-    names = ("data", "split", "evaluation", "out", "json", "device")
-    evaluate(settings.model, **{name: settings[name] for name in names})
+    split = settings.split or ("val" if settings.typed == "val" else "test")
+    names = ("data", "evaluation", "out", "json", "device")
+    evaluate(settings.model, split=split, **{name: settings[name] for name in names})
 
 
 def predict_options(parser: Parser) -> None:
@@ -381,6 +393,7 @@ VERBS = (
     Verb(
         "data",
         "check a data set, count its classes",
+        usage="protoseg data PART ...",
         parts=(
             Verb(
                 "check",
@@ -398,6 +411,18 @@ VERBS = (
             ),
         ),
     ),
-    Verb("demo", "train softmax and prototypes on generated scenes and compare them", demo_options, demo),
-    Verb("info", "what is installed, or what a run or model folder holds", info_options, info),
+    Verb(
+        "demo",
+        "train softmax and prototypes on generated scenes and compare them",
+        demo_options,
+        demo,
+        usage="protoseg demo [--out FOLDER] [--steps N] [--seed N]",
+    ),
+    Verb(
+        "info",
+        "what is installed, or what a run or model folder holds",
+        info_options,
+        info,
+        usage="protoseg info [FOLDER] [--json] [--recipes FOLDER]",
+    ),
 )

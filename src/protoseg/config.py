@@ -147,11 +147,16 @@ class Optim:
     """Optimiser and schedule, counted in optimiser steps.
 
     Args:
-        name: `adamw` or `sgd` (momentum 0.9 by default).
-        lr: peak learning rate. `head_lr` multiplies it for decoder and head.
-        schedule: `poly` falls as (1 - t/T)^power from `lr` to `min_lr`; `cosine` as half a cosine.
-        warmup_steps, warmup_ratio: linear ramp from `lr * warmup_ratio`.
+        name: `adamw` or `sgd`.
+        lr: peak learning rate.
+        head_lr: what multiplies it for decoder and head.
+        weight_decay: AdamW's is decoupled from the gradient, SGD's is not.
         decay_norm: whether weight decay also acts on norms, biases and position embeddings.
+        momentum: of `sgd`.
+        betas: of `adamw`.
+        schedule: `poly` falls as (1 - t/T)^power from `lr` to `min_lr`; `cosine` as half a cosine.
+        power, min_lr: of the schedule.
+        warmup_steps, warmup_ratio: linear ramp from `lr * warmup_ratio`.
         clip: largest gradient norm; 0 switches clipping off.
     """
 

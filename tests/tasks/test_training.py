@@ -145,10 +145,11 @@ def test_a_killed_run_continues_bitwise_equal(whole, tmp_path, monkeypatch, kill
             self._between_steps = False  # so that the exception leaves no checkpoint, as a kill would not
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         before = record(patch)
         patch.setattr(training.Checkpoints, "on_train_batch_start", die)
-        train(recipe)
+        with pytest.raises(Killed):
+            train(recipe)
     assert last(recipe.out)["global_step"] == kill
     with monkeypatch.context() as patch:
         after = record(patch)
@@ -173,9 +174,10 @@ def test_a_run_killed_while_it_validates_validates_when_resumed(whole, tmp_path,
         raise Killed
 
     for _ in range(2):  # the second time it dies in the validation that resuming begins with
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             patch.setattr(training.SegmentationModule, "validate", die)
-            train(replace(recipe, resume="auto"))
+            with pytest.raises(Killed):
+                train(replace(recipe, resume="auto"))
         assert last(recipe.out)["global_step"] == 4
     train(replace(recipe, resume="auto"))
     assert metrics(recipe.out) == metrics(run)
@@ -191,9 +193,10 @@ def test_ema_is_resumed_evaluated_and_saved(tmp_path, monkeypatch):
         if trainer.global_step == 5:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(training.Checkpoints, "on_train_batch_start", die)
-        train(other)
+        with pytest.raises(Killed):
+            train(other)
     train(replace(other, resume="auto"))
     assert_same(last(other.out)["callbacks"], last(recipe.out)["callbacks"])
     assert metrics(other.out) == metrics(recipe.out)
@@ -295,7 +298,7 @@ def test_a_broken_checkpoint_is_named(tmp_path):
     path = Path(recipe.out) / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(UserError, match="last.ckpt: not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"last\.ckpt: not a readable checkpoint"):
         train(recipe)
 
 
@@ -326,7 +329,7 @@ def test_a_mask_that_cannot_be_read_ends_the_run_as_a_data_error(tmp_path, monke
         raise DataError("picture.png: truncated")
 
     monkeypatch.setattr("protoseg.data.dataset.read", broken)
-    with pytest.raises(DataError, match="picture.png"):
+    with pytest.raises(DataError, match=r"picture\.png"):
         train(small(tmp_path / "run"))
 
 
@@ -343,7 +346,7 @@ def test_a_full_disk_names_the_path_and_keeps_the_old_checkpoint(tmp_path, monke
         save(checkpoint, file)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"last.ckpt: cannot write the checkpoint .*No space left"):
+    with pytest.raises(UserError, match=r"last\.ckpt: cannot write the checkpoint .*No space left"):
         train(recipe)
     monkeypatch.undo()
     assert last(recipe.out)["global_step"] == written[-1] == 2

@@ -53,7 +53,8 @@ LAST = Path("checkpoints", "last.ckpt")
 FREE = (
     *("steps", "out", "resume", "devices", "nodes", "micro_batch", "accelerator"),
     *("val_every", "checkpoint_every", "log_every", "evaluation"),
-    *("data.root", "data.file", "data.workers", "model.pretrained", "model.weights"),
+    *("data.root", "data.file", "data.workers", "data.cache", "data.max_pixels"),
+    *("model.pretrained", "model.weights"),
 )
 
 
@@ -318,10 +319,11 @@ def check_resume(checkpoint: Path, settings: dict[str, Any], steps: int) -> int:
     kept: dict[str, Any] = next(
         (state["settings"] for state in content["callbacks"].values() if "settings" in state), {}
     )
+    usual = flat(dataclasses.asdict(Recipe()))  # of settings that did not exist when the checkpoint was written
     changed = [
-        f"{name} was {kept.get(name)!r}, now {settings.get(name)!r}"
-        for name in sorted(kept.keys() | settings.keys())
-        if kept.get(name) != settings.get(name)
+        f"{name} was {kept.get(name, usual.get(name))!r}, now {value!r}"
+        for name, value in sorted(settings.items())
+        if kept.get(name, usual.get(name)) != value
     ]
     if changed:
         raise UserError(
