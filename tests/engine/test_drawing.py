@@ -15,6 +15,7 @@ from protoseg.engine.drawing import (
     overlay,
     panels,
     region_edges,
+    shades,
 )
 
 
@@ -67,6 +68,21 @@ def test_an_overlay_mixes_and_leaves_ignored_pixels_bare():
     assert mixed[0, 3].min() > 200  # the line between the two
     with pytest.raises(ValueError, match=r"\(6, 8\).*\(5, 8\)"):
         overlay(image, labels[1:], [(200, 0, 0)])
+
+
+def test_an_overlay_in_strips_is_the_same_overlay(monkeypatch):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (50, 20, 3), dtype=np.uint8)
+    labels = rng.integers(0, 3, (50, 20))
+    whole = np.array(overlay(image, labels, default_palette(3)))
+    monkeypatch.setattr("protoseg.engine.drawing.STRIP_ROWS", 7)
+    assert np.array_equal(np.array(overlay(image, labels, default_palette(3))), whole)
+
+
+def test_relatives_of_a_colour_are_told_apart():
+    for colour in default_palette(12):
+        assert len(set(shades(colour, 10))) == 10
+    assert len(shades((10, 20, 30), 1)) == 1
 
 
 def test_edges_are_one_pixel_wide():

@@ -22,7 +22,7 @@ def test_similarities_are_cosines_of_the_head_at_image_size():
     table = similarities(segmenter, image)
     assert table.shape == (3, 4, 30, 45)
     assert table.abs().max() <= 1 + 1e-5
-    # the best prototype of a class is its score, up to the scale; enlarging before or after the maximum differs a little
+    # a class scores as its best prototype, up to the scale; enlarging before or after the maximum differs a little
     small = torch.nn.functional.interpolate(
         segmenter.head(segmenter.features(image[None])), (32, 64), mode="bilinear", align_corners=False
     )[0, :, :30, :45]

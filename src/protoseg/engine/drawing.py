@@ -13,6 +13,7 @@ Colour = tuple[int, int, int]
 Palette = Sequence[Colour]
 
 IGNORED: Colour = (40, 40, 40)
+STRIP_ROWS = 128
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # successive hues stay far apart, however many there are
 
 
@@ -88,13 +89,15 @@ def overlay(
     """
     if image.shape[:2] != labels.shape:
         raise ValueError(f"the image is {image.shape[:2]} but the labels are {labels.shape} (height, width)")
-    colours = colourise(labels, palette, ignore_index).astype(np.float32)
-    shown = (labels != ignore_index)[..., None] * np.float32(opacity)
-    mixed = image * (1 - shown) + colours * shown
-    if lines:
-        edge = region_edges(labels)[..., None]
-        mixed = np.where(edge, 0.25 * mixed + 0.75 * 255, mixed)
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    edge = region_edges(labels) if lines else np.zeros(labels.shape, dtype=bool)
+    mixed = np.empty_like(image)
+    for top in range(0, len(image), STRIP_ROWS):  # in floats, but never the whole of a large image
+        rows = slice(top, top + STRIP_ROWS)
+        shown = (labels[rows] != ignore_index)[..., None] * np.float32(opacity)
+        strip = image[rows] * (1 - shown) + colourise(labels[rows], palette, ignore_index) * shown
+        strip = np.where(edge[rows, :, None], 0.25 * strip + 0.75 * 255, strip)
+        mixed[rows] = strip.round()
+    return Image.fromarray(mixed)
 
 
 def region_edges(labels: np.ndarray) -> np.ndarray:

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from protoseg.config import Evaluation, Optim, UserError
-from protoseg.engine.metrics import ConfusionMatrix
 from protoseg.engine.optim import build_optimizer, build_schedule
-from protoseg.engine.windows import segment_labels
+from protoseg.engine.scoring import score
 from protoseg.method.losses import Losses
 from protoseg.models.segmenter import Segmenter
 
@@ -109,29 +108,15 @@ class SegmentationModule(LightningModule):
             `val/miou`, `val/pixel_accuracy`, `val/mean_accuracy`, `val/classes` (how many the mean is over); with a
             prototype head also `prototypes/pairwise_cosine` and `prototypes/used`.
         """
-        head = self.model.head
-        confusion = ConfusionMatrix(head.num_classes, head.ignore_index).to(self.device)
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            for batch in batches:
-                label = batch["label"][0].to(self.device)
-                size = (label.shape[-2], label.shape[-1])
-                predicted, _ = segment_labels(self.model, batch["image"][0], self.evaluation, size)
-                confusion.update(predicted, label, str(batch["name"][0]))
-        finally:
-            for module, training in modes:
-                module.training = training
-        overlap = confusion.overlap()
+        scores = score(self.model, batches, self.evaluation)
+        overlap = scores.overlap
         metrics = {
             "val/miou": overlap.miou,
             "val/pixel_accuracy": overlap.pixel_accuracy,
             "val/mean_accuracy": overlap.mean_accuracy,
             "val/classes": float(overlap.averaged),
         }
-        if hasattr(head, "distinctness"):
-            metrics |= {f"prototypes/{name}": value for name, value in head.distinctness().items()}
-        return metrics
+        return metrics | {f"prototypes/{name}": value for name, value in scores.distinctness.items()}
 
 
 def step_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
