@@ -1,0 +1,39 @@
+"""The one door to the fast ways. What `method` defines in plain lines stays the definition and the oracle; a caller
+asks here whether a faster way applies, and takes the plain lines where it does not.
+
+| what | fast way | where not |
+|---|---|---|
+| scores, losses and their gradient | `similarity.one_pass` | `torch.compile`; inside `plain_only()` |
+
+The answer depends on nothing that may differ between ranks (not on the number of pixels, say): ranks that sum over
+each other must all go the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from protoseg.kernels.similarity import Batch, Settings, one_pass
+
+__all__ = ["Batch", "Settings", "one_pass", "one_pass_applies", "plain_only"]
+
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_only() -> Iterator[None]:
+    """Within it every computation takes the plain lines of `method`: for tests, benchmarks and second derivatives."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def one_pass_applies() -> bool:
+    """Whether `head.losses` goes through `one_pass`. A compiler traces the plain lines and fuses them itself."""
+    return not (torch.compiler.is_compiling() or _plain.get())

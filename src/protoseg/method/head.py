@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from protoseg import kernels
 from protoseg.method import clustering, ranks
 from protoseg.method.losses import (
     Losses,
+    labelled_count,
+    labelled_mass,
     pixel_prototype_contrast,
     pixel_prototype_distance,
+    ranks_share,
     segmentation_cross_entropy,
     total_loss,
 )
@@ -192,10 +196,14 @@ class PrototypeHead(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, D', h, w) features -> (N, D) unit embeddings, rows (b h w), in fp32 at least."""
+        return unit(self._embed(features))
+
+    def _embed(self, features: Tensor) -> Tensor:
+        """`embed` before the unit length is taken."""
         embedding = embed(self.projection(features), self.projection_norm)
         if self.feature_norm is not None:
             embedding = self.feature_norm(unit(embedding) if self.projection_norm == "channel" else embedding)
-        return unit(embedding)
+        return embedding
 
     def score(self, similarity: Tensor) -> Tensor:
         """(N, C*K) cosines -> (N, C) class scores, the logits of Eq. (2)."""
@@ -224,12 +232,16 @@ class PrototypeHead(nn.Module):
         """
         B, _, h, w = features.shape
         self._check(features, labels)
-        embedding = self.embed(features)  # N D
+        raw = self._embed(features)  # N D
+        classes = self._classes(labels, (h, w))  # N
         with torch.autocast(features.device.type, enabled=False):
+            if kernels.one_pass_applies():
+                return self._losses_in_one_pass(raw, labels, classes, (B, h, w), gumbel)
+            embedding = unit(raw)
             similarity = cosine_similarity(embedding, self.prototypes)  # N CK
             scores = self.score(similarity)  # N C
-            classes = self._classes(labels, (h, w))  # N
-            assignment, moving = self._assign(similarity.detach(), scores.detach(), classes, gumbel)
+            own = own_similarity(similarity.detach(), classes, self.num_classes)  # N K
+            assignment, moving = self._assign(own, scores.detach().argmax(1), classes, gumbel)
             ce = segmentation_cross_entropy(
                 scores.view(B, h, w, -1).permute(0, 3, 1, 2),
                 labels,
@@ -248,8 +260,49 @@ class PrototypeHead(nn.Module):
             )
             ppd = pixel_prototype_distance(similarity, assignment, total=self._total)
             total = total_loss(ce, ppc, ppd, self.contrast_weight, self.distance_weight)
+        return self._bundle(total, ce, ppc, ppd, assignment.view(B, h, w), embedding.detach(), moving)
+
+    def _losses_in_one_pass(
+        self, raw: Tensor, labels: Tensor, classes: Tensor, size: tuple[int, int, int], gumbel: Tensor | None
+    ) -> Losses:
+        """What `losses` computes, without a table of all pixels by all prototypes."""
+        settings = kernels.Settings(
+            size=size,
+            temperature=self.contrast_temperature,
+            contrast_weight=self.contrast_weight,
+            distance_weight=self.distance_weight,
+            siblings=self.contrast_siblings,
+            ignore_index=self.ignore_index,
+            align_corners=self.align_corners,
+            layer_norm=None if self.score_norm is None else self.score_norm.eps,
+            predict=self.update_from == "correct",
+        )
+        share = ranks_share(self._total)
+        mass = labelled_mass(labels, self.ignore_index, self.class_weights, raw.dtype, self._total)
+        batch = kernels.Batch(
+            embedding=raw,
+            prototypes=self.prototypes,
+            log_scale=self.log_scale,
+            norm_weight=None if self.score_norm is None else self.score_norm.weight,
+            norm_bias=None if self.score_norm is None else self.score_norm.bias,
+            labels=labels,
+            classes=classes,
+            class_weights=self.class_weights,
+            label_share=share / mass,
+            pixel_share=share / labelled_count(classes >= 0, raw.dtype, self._total),
+            settings=settings,
+        )
+        total, ce, ppc, ppd, embedding, assignment, moving = kernels.one_pass(
+            batch, lambda own, predicted: self._assign(own, predicted, classes, gumbel)
+        )
+        return self._bundle(total, ce, ppc, ppd, assignment.view(size), embedding, moving)
+
+    @staticmethod
+    def _bundle(
+        total: Tensor, ce: Tensor, ppc: Tensor, ppd: Tensor, assignment: Tensor, embedding: Tensor, moving: Tensor
+    ) -> Losses:
         parts = {"loss": total.detach(), "ce": ce.detach(), "ppc": ppc.detach(), "ppd": ppd.detach()}
-        return Losses(total, ce, ppc, ppd, assignment.view(B, h, w), embedding.detach(), moving, parts)
+        return Losses(total, ce, ppc, ppd, assignment, embedding, moving, parts)
 
     @torch.no_grad()
     def update(self, losses: Losses | Sequence[Losses]) -> None:
@@ -321,11 +374,14 @@ class PrototypeHead(nn.Module):
 
     @torch.no_grad()
     def _assign(
-        self, similarity: Tensor, scores: Tensor, classes: Tensor, gumbel: Tensor | None
+        self, own: Tensor, predicted: Tensor | None, classes: Tensor, gumbel: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(N,) prototype each pixel was given for the losses, and the one it will move; -1 for none."""
+        """(N,) prototype each pixel was given for the losses, and the one it will move; -1 for none.
+
+        Args:
+            own: (N, K) cosines with the own class. predicted: (N,) class of highest score; see `update_from`.
+        """
         C, K = self.num_classes, self.num_prototypes
-        own = own_similarity(similarity, classes, C)  # N K
         sinkhorn: dict[str, Any] = {"kappa": self.kappa, "iterations": self.sinkhorn_iterations}
         reduction: dict[str, Any] = {"total": self._total, "largest": self._largest}
         if self.draws:
@@ -338,7 +394,7 @@ class PrototypeHead(nn.Module):
             index = self.assign(own, classes, C, small_classes=self.small_classes, **sinkhorn, **reduction)
             drawn = index
         labelled = classes >= 0
-        moves = labelled & (scores.argmax(1) == classes) if self.update_from == "correct" else labelled
+        moves = labelled & (predicted == classes) if self.update_from == "correct" else labelled
         base = classes.clamp(min=0) * K
         return torch.where(labelled, base + index, -1), torch.where(moves, base + drawn, -1)
 

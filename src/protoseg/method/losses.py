@@ -46,12 +46,32 @@ class Losses:
         return cls(total=ce, ce=ce, ppc=zero, ppd=zero, parts={"ce": ce.detach(), "loss": ce.detach()})
 
 
+def ranks_share(total: Reduction) -> float:
+    """What a rank's sum is multiplied by before data-parallel training averages over ranks."""
+    return 1.0 if total is not ranks.total else float(ranks.world_size())
+
+
+def labelled_count(labelled: Tensor, dtype: torch.dtype, total: Reduction = ranks.total) -> Tensor:
+    """How many of the (N,) pixels are labelled, over all ranks; at least 1. () tensor."""
+    return total(labelled.to(dtype).sum()).clamp(min=1)
+
+
+def labelled_mass(
+    labels: Tensor, ignore_index: int, class_weights: Tensor | None, dtype: torch.dtype, total: Reduction = ranks.total
+) -> Tensor:
+    """Sum over all ranks of the class weights of the labelled pixels, their number without weights; 1 for none. ()."""
+    labelled = labels != ignore_index
+    mass = labelled.to(dtype)
+    if class_weights is not None:
+        mass = mass * class_weights.to(dtype)[torch.where(labelled, labels, 0)]
+    mass = total(mass.sum())
+    return torch.where(mass > 0, mass, 1)
+
+
 def mean_over_labelled(values: Tensor, labelled: Tensor, total: Reduction = ranks.total) -> Tensor:
     """Mean of (N,) `values` where (N,) `labelled` is true, over all ranks; 0 where there is none. () tensor."""
-    weight = labelled.to(values.dtype)
-    count = total(weight.sum().detach())
-    share = 1.0 if total is not ranks.total else float(ranks.world_size())
-    return share * torch.where(labelled, values, 0).sum() / count.clamp(min=1)
+    count = labelled_count(labelled, values.dtype, total)
+    return ranks_share(total) * torch.where(labelled, values, 0).sum() / count
 
 
 def segmentation_cross_entropy(
@@ -78,13 +98,7 @@ def segmentation_cross_entropy(
         scores = F.interpolate(scores, size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
     weights = None if class_weights is None else class_weights.to(scores.dtype)
     summed = F.cross_entropy(scores, labels, weight=weights, ignore_index=ignore_index, reduction="sum")
-    labelled = labels != ignore_index
-    mass = labelled.to(scores.dtype)
-    if weights is not None:
-        mass = mass * weights[torch.where(labelled, labels, 0)]
-    mass = total(mass.sum())
-    share = 1.0 if total is not ranks.total else float(ranks.world_size())
-    return share * summed / torch.where(mass > 0, mass, 1)
+    return ranks_share(total) * summed / labelled_mass(labels, ignore_index, class_weights, scores.dtype, total)
 
 
 def pixel_prototype_contrast(

@@ -1,0 +1,421 @@
+"""Eq. (1), (2), (5), (6), (7) in one pass over the pixels, with the gradient to the features in the same pass.
+
+A band of pixels at a time: cosines with all prototypes (first product), best prototype of each class, cross-entropy and
+its gradient, log-sum-exp over all prototypes, and from these the band's gradient (second product). Prototypes carry no
+gradient, so these two products are all there is. What the clustering wants, each pixel's cosines with its own
+class, is taken out of the band in passing; the prototype it then chooses enters the gradient as one row per pixel,
+added afterwards. No table of all pixels by all prototypes, or by all classes, ever exists.
+
+At label resolution a feature row's gradient is complete only when the band below has been seen, so each band of an
+image too large for one leaves its last row to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from protoseg.kernels import gemm, upsampling
+
+CPU_BAND = 1_500_000  # cosines of a band: 6 MB in fp32, which stays in a core's share of the last cache
+GPU_BAND = 64_000_000
+FEWEST_COLUMNS = 128  # below this the products lose more than the cache gives
+ROWS = 1024  # of the last loop, over (N, D)
+
+# (N, K) cosines with the own class and (N,) class each pixel scores highest (or None) -> prototype in [0, C*K) that
+# each pixel was given for the losses, and the one it moves; -1 for none.
+Assign = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a head has decided once.
+
+    Attributes:
+        size: (B, h, w) of the features.
+        temperature: tau of Eq. (5). contrast_weight, distance_weight: lambda1, lambda2 of Eq. (7).
+        siblings: whether the other prototypes of the own class are negatives of Eq. (5).
+        layer_norm: eps of a LayerNorm over the classes' scores, or None.
+        predict: whether `Assign` wants the class of highest score.
+    """
+
+    size: tuple[int, int, int]
+    temperature: float
+    contrast_weight: float
+    distance_weight: float
+    siblings: bool
+    ignore_index: int
+    align_corners: bool
+    layer_norm: float | None = None
+    predict: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch and the numbers its means divide by.
+
+    Attributes:
+        embedding: (N, D) rows, unit length (or to be brought to it, see `sweep`).
+        prototypes: (C, K, D) of the same type.
+        log_scale: () log of what a cosine is multiplied by. norm_weight, norm_bias: (C,) of the LayerNorm, or None.
+        labels: (B, H, W); classes: (N,) at feature size, -1 for void.
+        class_weights: (C,) or None.
+        label_share: () factor that makes a sum over labels the cross-entropy; pixel_share: () the same for PPC and PPD.
+    """
+
+    embedding: Tensor
+    prototypes: Tensor
+    log_scale: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    labels: Tensor
+    classes: Tensor
+    class_weights: Tensor | None
+    label_share: Tensor
+    pixel_share: Tensor
+    settings: Settings
+
+
+@dataclass
+class Swept:
+    """What one sweep gives. `gradient` (N, D) lacks the targets' term; the last three are None unless asked for."""
+
+    ce: Tensor  # () mean
+    log_sum: Tensor  # (N,) log-sum-exp of cosine / tau; without siblings over what Eq. (5) then leaves
+    own: Tensor  # (N, K)
+    predicted: Tensor | None  # (N,)
+    gradient: Tensor | None
+    log_scale: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+
+
+def sweep(
+    batch: Batch,
+    ce_weight: Tensor | float,
+    ppc_weight: Tensor | float,
+    *,
+    gradient: bool,
+    parameters: bool,
+    raw: Tensor | None = None,
+    target: Tensor | None = None,
+    only_own: bool = False,
+) -> Swept:
+    """The pass over all bands.
+
+    Args:
+        ce_weight, ppc_weight: what the gradients of the two losses are multiplied by.
+        gradient, parameters: whether the gradient to the embedding, and to scale and LayerNorm, is wanted.
+        raw: (N, D) embedding before unit length; then `batch.embedding` is filled here.
+        target: (N,) in [0, C*K) or -1; wanted beforehand only without siblings.
+        only_own: fill `own` and `predicted` and leave the losses.
+    """
+    s = batch.settings
+    C, K, D = batch.prototypes.shape
+    N = len(batch.embedding)
+    flat = batch.prototypes.flatten(0, 1)  # CK D
+    transposed = flat.T.contiguous()
+    new = batch.embedding.new_empty
+    B, h, w = s.size
+    labels, resized = batch.labels, batch.labels.shape[1:] != (h, w)
+    if not resized:  # any run of pixels is a band: one image, a pixel a row
+        B, h, w, labels = 1, N, 1, labels.reshape(1, N, 1)
+    height, width = labels.shape[1:]
+    vertical = None
+    if resized:
+        vertical = upsampling.lines(h, height, s.align_corners, batch.embedding.dtype, batch.embedding.device)
+    budget = CPU_BAND if batch.embedding.device.type == "cpu" else GPU_BAND
+    scale = batch.log_scale.exp().to(batch.embedding.dtype)
+    ce_share = batch.label_share * ce_weight
+    ppc_share = batch.pixel_share * ppc_weight
+    valid = batch.classes >= 0
+
+    swept = Swept(
+        ce=new(()).zero_(),
+        log_sum=new(N),
+        own=new(K, N),  # turned in the end
+        predicted=batch.classes.new_empty(N) if s.predict else None,
+        gradient=new(N, D) if gradient else None,
+        log_scale=torch.zeros_like(scale) if parameters else None,
+        norm_weight=new(C).zero_() if parameters and s.layer_norm is not None else None,
+        norm_bias=new(C).zero_() if parameters and s.layer_norm is not None else None,
+    )
+
+    def finish(cosines: Tensor, best: Tensor, scores_gradient: Tensor, start: int, end: int) -> None:
+        """Log-sum-exp, own cosines and gradient of pixels [start, end), whose cross-entropy is complete."""
+        table = cosines.view(C, K, -1)
+        swept.own[:, start:end] = _own(table, batch.classes[start:end])
+        if target is None or s.siblings:
+            shift = best.amax(0) / s.temperature
+            mass = torch.add(-shift, cosines, alpha=1 / s.temperature).exp_()  # CK n
+        else:
+            given = target[start:end].clamp(min=0)[None]  # 1 n
+            own_class = batch.classes[start:end].clamp(min=0).expand(1, K, -1)  # 1 K n
+            rivals = table.scatter(0, own_class, -torch.inf).view(C * K, -1)
+            rivals.scatter_(0, given, cosines.gather(0, given))
+            shift = rivals.amax(0) / s.temperature
+            mass = rivals.mul_(1 / s.temperature).sub_(shift).exp_()
+        total = mass.sum(0)
+        swept.log_sum[start:end] = total.log() + shift
+        best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
+        if swept.gradient is None:
+            return
+        mass.mul_(torch.where(valid[start:end], ppc_share / (s.temperature * total), 0))
+        tied = table.eq_(best[:, None])  # the cosines become 0 and 1
+        best_gradient = best_gradient / tied.sum(1).clamp_(min=1)
+        mass.view(C, K, -1).addcmul_(tied, best_gradient[:, None])
+        gemm.weighted_prototypes(mass, flat, transposed, swept.gradient[start:end])
+
+    carried: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # cosines, best, widened scores, their gradient
+    done = 0  # label rows of this image
+    for images, rows in _bands(B, h, w, max(FEWEST_COLUMNS, budget // (C * K))):
+        start = images.start * h * w + rows.start * w
+        end = (images.stop - 1) * h * w + rows.stop * w
+        if raw is not None:
+            _to_unit(raw[start:end], batch.embedding[start:end])
+        cosines = gemm.similarities(flat, batch.embedding[start:end])  # CK n
+        best = cosines.view(C, K, -1).amax(1)  # C n
+        scores = _scores(batch, scale, best)
+        if swept.predicted is not None:
+            swept.predicted[start:end] = scores.argmax(0)
+        if only_own:
+            swept.own[:, start:end] = _own(cosines.view(C, K, -1), batch.classes[start:end])
+            continue
+        if vertical is None:
+            loss = upsampling.cross_entropy_(
+                scores, labels[0, start:end, 0], s.ignore_index, batch.class_weights, ce_share
+            )
+            swept.ce += loss
+            finish(cosines, best, scores, start, end)
+            continue
+        if rows.start == 0:
+            carried, done = None, 0
+        planes = C * len(images)
+        widened = upsampling.widen(scores.view(planes, len(rows), w), width, s.align_corners)
+        label_gradient = torch.zeros_like(widened)
+        top = rows.start
+        if carried is not None:
+            cosines, best = torch.cat([carried[0], cosines], 1), torch.cat([carried[1], best], 1)
+            widened = torch.cat([carried[2], widened], 1)
+            label_gradient = torch.cat([carried[3], label_gradient], 1)
+            top, start = top - 1, start - w
+        ready = vertical.ready(rows.stop)
+        swept.ce += upsampling.strip_cross_entropy(
+            widened, label_gradient, vertical, (done, ready), top,
+            labels[images.start : images.stop], s.ignore_index, batch.class_weights, ce_share, budget,
+        )  # fmt: skip
+        done = ready
+        if rows.stop < h:  # the last row still gets gradient from below
+            carried = (cosines[:, -w:].clone(), best[:, -w:].clone(), widened[:, -1:], label_gradient[:, -1:])
+            cosines, best, label_gradient = cosines[:, :-w], best[:, :-w], label_gradient[:, :-1]
+            end -= w
+        if end > start:
+            scores_gradient = upsampling.narrow(label_gradient, w, s.align_corners).reshape(C, -1)
+            finish(cosines, best, scores_gradient, start, end)
+    swept.ce *= batch.label_share
+    swept.own = swept.own.T
+    return swept
+
+
+class OnePass(torch.autograd.Function):
+    """(N, D) raw embedding, (C, K, D) prototypes -> total, CE, PPC, PPD, unit embedding, assignment, moving.
+
+    The gradient of the total is made in the forward pass. A gradient asked of CE, PPC or PPD by themselves, or a second
+    time, is made when it is asked for, at the price of another pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        raw: Tensor,
+        log_scale: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        prototypes: Tensor,
+        labels: Tensor,
+        classes: Tensor,
+        class_weights: Tensor | None,
+        label_share: Tensor,
+        pixel_share: Tensor,
+        settings: Settings,
+        assign: Assign,
+    ) -> tuple[Tensor, ...]:
+        raw = raw.detach()
+        s = settings
+        batch = Batch(
+            torch.empty_like(raw, memory_format=torch.contiguous_format), prototypes.to(raw.dtype), log_scale.detach(),
+            norm_weight, norm_bias, labels, classes,
+            None if class_weights is None else class_weights.to(raw.dtype),
+            label_share, pixel_share, s,
+        )  # fmt: skip
+        needed = {"gradient": ctx.needs_input_grad[0], "parameters": any(ctx.needs_input_grad[1:4])}
+        weights = (1.0, s.contrast_weight)
+        if s.siblings:
+            swept = sweep(batch, *weights, raw=raw, **needed)
+            target, moving = assign(swept.own, swept.predicted)
+        else:  # which prototypes repel a pixel depends on the one it was given, so that comes first
+            first = sweep(batch, 0.0, 0.0, raw=raw, gradient=False, parameters=False, only_own=True)
+            target, moving = assign(first.own, first.predicted)
+            swept = sweep(batch, *weights, target=target, **needed)
+        labelled = target >= 0
+        K = prototypes.shape[1]
+        near = swept.own.gather(1, (target % K)[:, None])[:, 0]  # N, cosine with the prototype that was given
+        ppc = torch.where(labelled, swept.log_sum - near / s.temperature, 0).sum() * pixel_share
+        ppd = torch.where(labelled, (1 - near).square(), 0).sum() * pixel_share
+        total = swept.ce + s.contrast_weight * ppc + s.distance_weight * ppd
+        if swept.gradient is not None:
+            _targets_and_length(
+                swept.gradient,
+                batch,
+                raw,
+                target,
+                near,
+                s.contrast_weight * pixel_share,
+                s.distance_weight * pixel_share,
+            )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(batch.embedding, target, moving)
+        ctx.save_for_backward(
+            prototypes, raw, batch.embedding, log_scale, norm_weight, norm_bias, target, near, labels, classes,
+            class_weights, label_share, pixel_share,
+        )  # fmt: skip
+        ctx.settings = settings
+        ctx.made = swept if any(ctx.needs_input_grad) else None  # given away by the first backward
+        return total, swept.ce, ppc, ppd, batch.embedding, target, moving
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, ce, ppc, ppd = gradients[:4]
+        saved = ctx.saved_tensors  # refuses, as autograd does, when a prototype has moved in between
+        if all(g is None for g in (total, ce, ppc, ppd)):
+            return (None,) * 12
+        made, ctx.made = ctx.made, None
+        if made is not None and total is not None and ce is None and ppc is None and ppd is None:
+            swept = made
+            if swept.gradient is not None:
+                swept.gradient.mul_(total)
+            parameters = [
+                None if p is None else p * total for p in (swept.log_scale, swept.norm_weight, swept.norm_bias)
+            ]
+        else:
+            prototypes, raw, embedding, log_scale, norm_weight, norm_bias, target, near, *rest = saved
+            s = ctx.settings
+            labels, classes, class_weights, label_share, pixel_share = rest
+            batch = Batch(
+                embedding, prototypes.to(raw.dtype), log_scale, norm_weight, norm_bias, labels, classes,
+                None if class_weights is None else class_weights.to(raw.dtype), label_share, pixel_share, s,
+            )  # fmt: skip
+            none = label_share.new_zeros(())
+            total = none if total is None else total
+            weights = [
+                total * factor + (none if g is None else g)
+                for g, factor in ((ce, 1.0), (ppc, s.contrast_weight), (ppd, s.distance_weight))
+            ]
+            swept = sweep(
+                batch, weights[0], weights[1], target=target,
+                gradient=ctx.needs_input_grad[0], parameters=any(ctx.needs_input_grad[1:4]),
+            )  # fmt: skip
+            if swept.gradient is not None:
+                _targets_and_length(
+                    swept.gradient, batch, raw, target, near, weights[1] * pixel_share, weights[2] * pixel_share
+                )
+            parameters = [swept.log_scale, swept.norm_weight, swept.norm_bias]
+        wanted = [g if need else None for g, need in zip([swept.gradient, *parameters], ctx.needs_input_grad)]
+        if wanted[1] is not None:
+            wanted[1] = wanted[1].to(saved[3].dtype)
+        return (*wanted, *(None,) * 8)
+
+
+def one_pass(batch: Batch, assign: Assign) -> tuple[Tensor, ...]:
+    """`OnePass` of a batch whose embedding is not yet of unit length."""
+    return OnePass.apply(
+        batch.embedding, batch.log_scale, batch.norm_weight, batch.norm_bias, batch.prototypes, batch.labels,
+        batch.classes, batch.class_weights, batch.label_share, batch.pixel_share, batch.settings, assign,
+    )  # fmt: skip
+
+
+def _own(table: Tensor, classes: Tensor) -> Tensor:
+    """(C, K, n) cosines, (n,) class or -1 -> (K, n) cosines with the own class (of void pixels, with class 0)."""
+    return table.gather(0, classes.clamp(min=0).expand(1, table.shape[1], -1))[0]
+
+
+def _bands(images: int, h: int, w: int, columns: int) -> list[tuple[range, range]]:
+    """(images, rows) of each band: several whole images, or some rows of one."""
+    if h * w <= columns:
+        step = columns // (h * w)
+        return [(range(i, min(i + step, images)), range(h)) for i in range(0, images, step)]
+    step = max(1, columns // w)
+    return [(range(i, i + 1), range(r, min(r + step, h))) for i in range(images) for r in range(0, h, step)]
+
+
+def _to_unit(raw: Tensor, out: Tensor) -> None:
+    torch.div(raw, _length(raw), out=out)
+
+
+def _length(raw: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(raw, dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def _scores(batch: Batch, scale: Tensor, best: Tensor) -> Tensor:
+    """(C, n) cosines of the best prototypes -> a new tensor of class scores."""
+    scores = best * scale
+    if batch.settings.layer_norm is None:
+        return scores
+    eps = batch.settings.layer_norm
+    rows = torch.nn.functional.layer_norm(
+        scores.T, scores.shape[:1], _cast(batch.norm_weight, best), _cast(batch.norm_bias, best), eps
+    )
+    return rows.T.contiguous()
+
+
+def _scores_backward(batch: Batch, scale: Tensor, best: Tensor, gradient: Tensor, swept: Swept) -> Tensor:
+    """The adjoint of `_scores`, (C, n); adds the gradients of scale and LayerNorm to `swept`."""
+    if batch.settings.layer_norm is not None:
+        rows, shape = (best * scale).T.contiguous(), best.shape[:1]
+        weight, bias = _cast(batch.norm_weight, best), _cast(batch.norm_bias, best)
+        _, mean, rstd = torch.native_layer_norm(rows, shape, weight, bias, batch.settings.layer_norm)
+        wanted = [True, swept.norm_weight is not None, swept.norm_weight is not None]
+        gradient, to_weight, to_bias = torch.ops.aten.native_layer_norm_backward(
+            gradient.T.contiguous(), rows, shape, mean, rstd, weight, bias, wanted
+        )
+        gradient = gradient.T.contiguous()
+        if swept.norm_weight is not None and swept.norm_bias is not None:
+            swept.norm_weight += to_weight
+            swept.norm_bias += to_bias
+    gradient = gradient * scale
+    if swept.log_scale is not None:
+        swept.log_scale += (gradient * best).sum()
+    return gradient
+
+
+def _targets_and_length(
+    gradient: Tensor,
+    batch: Batch,
+    raw: Tensor,
+    target: Tensor,
+    near: Tensor,
+    ppc_share: Tensor,
+    ppd_share: Tensor,
+) -> None:
+    """In place: add the pull of each pixel's own target, then go back through the unit length."""
+    flat = batch.prototypes.flatten(0, 1)
+    pull = -ppc_share / batch.settings.temperature - 2 * ppd_share * (1 - near)  # N
+    pull = torch.where(target >= 0, pull, 0)[:, None]
+    index = target.clamp(min=0)
+    step = ROWS if raw.device.type == "cpu" else len(raw)
+    for start in range(0, len(raw), max(step, 1)):
+        part = slice(start, start + step)
+        g, x = gradient[part], batch.embedding[part]
+        g.addcmul_(flat[index[part]], pull[part])
+        length = torch.linalg.vector_norm(raw[part], dim=1, keepdim=True)
+        radial = torch.where(length > 1e-12, (g * x).sum(1, keepdim=True), 0)
+        g.addcmul_(x, radial, value=-1).div_(length.clamp_min(1e-12))
+
+
+def _cast(values: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if values is None else values.to(like.dtype)
