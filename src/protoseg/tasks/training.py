@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.nn.parallel import DistributedDataParallel
 
 from protoseg.config import Data, Recipe, UserError
 from protoseg.data import catalog, loading, transforms
@@ -378,8 +380,10 @@ def build_trainer(recipe: Recipe, run: Path, machine: Machine, callbacks: list[C
     """Lightning's Trainer, with its own validation, checkpoints and data sampling off: those are ours."""
     strategy: Any = "auto"
     if machine.world > 1:
-        # every rank adds the same sums to its prototypes, so there is nothing to broadcast
-        strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=False)
+        # every rank adds the same sums to its prototypes, so there is nothing to broadcast; torch 2.15 renamed this
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        strategy = DDPStrategy(find_unused_parameters=False, **{option: False})
     return Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
