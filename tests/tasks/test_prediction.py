@@ -1,6 +1,7 @@
 """`predict` and `load`: labels of any picture, each file once, nothing half-written, nothing of others overwritten."""
 
 import contextlib
+import dataclasses
 import json
 import os
 
@@ -101,6 +102,15 @@ def test_a_run_gives_its_final_model_and_its_way_of_validating(tmp_path):
     assert load(small_run(tmp_path / "run", evaluation=evaluation)).evaluation == evaluation
     with pytest.raises(UserError, match="no such folder"):
         load(tmp_path / "nowhere")
+
+
+def test_a_model_that_left_its_run_still_knows_how_it_was_validated(tmp_path):
+    evaluation = Evaluation(mode="slide", window=(16, 24), stride=(8, 8), scales=(1.0, 1.5), flip=True)
+    folder = save_small(tmp_path / "m", evaluation=dataclasses.asdict(evaluation))
+    assert load(folder).evaluation == evaluation
+    strange = save_small(tmp_path / "n", evaluation={"mode": "whole", "magic": 1})
+    with pytest.raises(UserError, match="no setting magic"):
+        load(strange)
 
 
 def test_a_folder_becomes_labels_overlays_and_a_legend(model, photos, tmp_path, capsys):

@@ -100,7 +100,7 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
     if first:  # all that the user can have got wrong has been read by now: nothing half-written is left behind
         start_folder(recipe, run, machine, training, validation)
 
-    meta = describe(training, recipe.data)
+    meta = {**describe(training, recipe.data), "evaluation": dataclasses.asdict(recipe.evaluation)}
     stop = StopRequest()
     terminal = on_terminal()
     reporter = Reporter(run / "metrics.csv", recipe.log_every, start, lines=not terminal)
