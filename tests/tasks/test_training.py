@@ -134,8 +134,8 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of ours may act on it."""
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kill", [1, 4, 5, 7])
+# 4 and 8 validate, 5 steps are an epoch
+@pytest.mark.parametrize(("kill", "workers"), [(1, 0), (4, 0), (5, 0), (7, 0), (4, 2), (7, 2)])
 def test_a_killed_run_continues_bitwise_equal(whole, tmp_path, monkeypatch, kill, workers):
     run, seen = whole
     recipe = small(tmp_path / "run", data=replace(small("").data, workers=workers))
@@ -227,8 +227,7 @@ def options(recipe):
     return ["train", *(f"--{name}={value}" for name, value in given.items())]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("number", "code", "workers"), [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 2)])
 def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_its_exit_code(tmp_path, number, code, workers):
     recipe = small(tmp_path / "run", steps=100_000, checkpoint_every=0, val_every=0)
     recipe = replace(recipe, data=replace(recipe.data, workers=workers))
@@ -264,6 +263,32 @@ def test_sigkill_at_any_moment_leaves_a_checkpoint_that_continues(whole, tmp_pat
     process.wait()
     train(replace(recipe, resume="auto"))
     assert_same(last(recipe.out)["state_dict"], last(whole[0])["state_dict"])
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_and_one_rank_continues(tmp_path):
+    recipe = small(tmp_path / "run", steps=100_000, checkpoint_every=0, val_every=0)
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", SCRIPT, *options(recipe), "--devices=2", "--micro_batch=null"]
+    script = tmp_path / "script.py"  # Lightning starts the second rank as `python FILE ...`
+    script.write_text(SCRIPT)
+    command[1:3] = [str(script)]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+    wait_for(lambda: "step 4/" in log.read_text(), process)
+    process.terminate()
+    assert process.wait(60) == 143, log.read_text()
+    step = last(recipe.out)["global_step"]
+    assert step >= 4
+    longer = replace(recipe, resume="auto", micro_batch=None, steps=step + 2)
+    with pytest.raises(UserError, match="beyond steps"):
+        train(replace(longer, steps=step - 1))
+    train(longer)
+    assert last(recipe.out)["global_step"] == step + 2
+    place = last(recipe.out)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+    assert place["epoch"] * 20 + place["items_done"] == 4 * (step + 2)
 
 
 def test_an_existing_run_is_refused_and_nothing_changes(whole):
@@ -351,6 +376,24 @@ def test_a_full_disk_names_the_path_and_keeps_the_old_checkpoint(tmp_path, monke
     monkeypatch.undo()
     assert last(recipe.out)["global_step"] == written[-1] == 2
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "1"}, 1),
+        ({"NODE_RANK": "1"}, 2),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "1"}, 3),
+    ],
+    ids=str,
+)
+def test_every_process_knows_its_rank_before_they_meet(variables, rank, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert training.global_rank(2) == rank
 
 
 def test_fewer_devices_accumulate():

@@ -44,14 +44,15 @@ from protoseg.data.catalog import Source
 from protoseg.data.dataset import SegmentationDataset
 from protoseg.engine import optim
 from protoseg.engine.averaging import WeightAverage
-from protoseg.engine.checkpoints import AtomicFiles, Checkpoints, StopRequest, read_checkpoint
+from protoseg.engine.checkpoints import AtomicFiles, Checkpoints, Interrupted, StopRequest, read_checkpoint
 from protoseg.engine.module import SegmentationModule
 from protoseg.engine.reporting import ProgressBar, Reporter, on_terminal
 from protoseg.engine.validation import Validation
 from protoseg.models import build, saving
 
 LAST = Path("checkpoints", "last.ckpt")
-# What may differ between a run and its continuation: none of it changes which numbers are computed.
+# What may differ between a run and its continuation. A longer `steps` stretches the schedule from there on,
+# `evaluation` changes later validations; the rest changes no number.
 FREE = (
     *("steps", "out", "resume", "devices", "nodes", "micro_batch", "accelerator"),
     *("val_every", "checkpoint_every", "log_every", "evaluation"),
@@ -78,14 +79,12 @@ def train(recipe: Recipe) -> Path:
     machine = Machine.of(recipe)
     check(recipe)
     run = Path(recipe.out)
-    checkpoint = resume_from(recipe)
-    first = rank_zero_only.rank == 0
-    with locked(run) if first else _nothing():
+    checkpoint = resume_from(recipe, first=machine.rank == 0)
+    with locked(run) if machine.rank == 0 else _nothing():
         return _train(recipe, run, checkpoint, machine)
 
 
 def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine) -> Path:
-    first = rank_zero_only.rank == 0
     training = catalog.find(recipe.data, recipe.data.train_split)
     validation = catalog.find(recipe.data, recipe.data.val_split) if recipe.data.val_split else None
     settings = settings_to_keep(recipe, machine)
@@ -97,7 +96,9 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
     segmenter = build(recipe.model, recipe.head, training.labels.num_classes, training.labels.ignore_index)
     module = SegmentationModule(segmenter, recipe.optim, recipe.steps, seed=recipe.seed, evaluation=recipe.evaluation)
     loader = training_batches(recipe, training, machine)
-    if first:  # all that the user can have got wrong has been read by now: nothing half-written is left behind
+    if (
+        machine.rank == 0
+    ):  # all that the user can have got wrong has been read by now: nothing half-written is left behind
         start_folder(recipe, run, machine, training, validation)
 
     meta = {**describe(training, recipe.data), "evaluation": dataclasses.asdict(recipe.evaluation)}
@@ -134,7 +135,7 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
         with determinism(recipe, machine), quiet_lightning():
             trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     except BaseException as reason:
-        if stop.signal is not None and not isinstance(reason, SystemExit):
+        if stop.signal is not None and not isinstance(reason, Interrupted):
             raise stop.interruption() from reason  # the stop came where nothing could be saved: last.ckpt stands
         raise
     finally:
@@ -199,11 +200,18 @@ class Machine:
                 f"whole number of accumulated micro-batches; given {devices} × {nodes} × {micro}. "
                 "Change batch_size, micro_batch or devices"
             )
-        return cls(accelerator, devices, nodes, global_rank(), micro, recipe.batch_size // (micro * world))
+        return cls(accelerator, devices, nodes, global_rank(devices), micro, recipe.batch_size // (micro * world))
 
 
-def global_rank() -> int:
-    """Of this process among all of the run; 0 before others exist."""
+def global_rank(devices: int) -> int:
+    """Of this process among all of the run, before they have met; 0 where nobody says.
+
+    torchrun sets RANK and srun SLURM_PROCID; processes that Lightning starts know LOCAL_RANK, and NODE_RANK on several
+    machines.
+    """
+    known = os.environ
+    if "RANK" not in known and ("LOCAL_RANK" in known or "NODE_RANK" in known):
+        return int(known.get("NODE_RANK", 0)) * devices + int(known.get("LOCAL_RANK", 0))
     return int(rank_zero_only.rank or 0)
 
 
@@ -227,8 +235,12 @@ def check(recipe: Recipe) -> None:
         raise UserError("out is empty; name the run folder, such as --out runs/first")
 
 
-def resume_from(recipe: Recipe) -> Path | None:
+def resume_from(recipe: Recipe, first: bool = True) -> Path | None:
     """The checkpoint to continue from, None for a new run.
+
+    Args:
+        recipe: `out` and `resume` of it.
+        first: whether this is rank 0; the others come when it has made the folder.
 
     Raises:
         UserError: the folder holds a run and `resume` does not say to continue it, or there is no such checkpoint.
@@ -245,7 +257,7 @@ def resume_from(recipe: Recipe) -> Path | None:
         if run.resolve() in given.resolve().parents or not _holds(run):
             return given
         raise UserError(f"{run} holds another run than {given}; choose a new folder with --out")
-    if global_rank() == 0 and _holds(run):  # other ranks come when the first has made the folder
+    if first and _holds(run):
         raise UserError(f"{run} is not empty; continue it with --resume auto or choose another folder with --out")
     return None
 
