@@ -43,7 +43,7 @@ def test_absent_classes_are_skipped_and_predicted_ones_count_as_zero():
 label_maps = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(label_maps)
 def test_matrix_equals_the_oracle_exactly(case):
     num_classes, height, width, seed = case

@@ -1,5 +1,9 @@
 """Windows split and merge as an inverse pair, and the frugal path gives what the plain one gives."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -152,3 +156,24 @@ def test_the_table_of_a_huge_image_is_never_whole():
     assert sum(seen) == 600 * 900
     assert max(seen) <= 160 * 64
     assert largest == 64 * 64
+
+
+NIGHTLY = """
+import resource, torch
+from protoseg.config import Evaluation, Head, Model
+from protoseg.engine.windows import segment_labels
+from protoseg.models import build
+
+model = build(Model(), Head(), 171).eval()
+image = torch.randint(0, 256, (3, 4000, 6000), dtype=torch.uint8)
+labels, _ = segment_labels(model, image, Evaluation(mode="slide"), dtype=torch.uint8)
+assert labels.shape == (4000, 6000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("PROTOSEG_NIGHTLY"), reason="takes minutes; set PROTOSEG_NIGHTLY=1")
+def test_a_huge_image_of_many_classes_fits_in_two_gibibytes():
+    run = subprocess.run([sys.executable, "-c", NIGHTLY], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 2

