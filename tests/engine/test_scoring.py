@@ -1,9 +1,14 @@
 """One path from a model and a split to scores."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+import scoring_worker
 from protoseg.config import DataError, Evaluation
 from protoseg.engine.metrics import BoundaryIoU, ConfusionMatrix
 from protoseg.engine.scoring import score
@@ -70,3 +75,30 @@ def test_a_wrong_label_names_its_image_and_modes_come_back():
     with pytest.raises(DataError, match=r"item_0.*value 7"):
         score(model, batches(value=7), Evaluation())
     assert model.training
+
+
+@pytest.fixture(scope="module")
+def ranks_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scores")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, scoring_worker.__file__]
+    processes = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(3)]
+    try:
+        assert [process.wait(timeout=180) for process in processes] == [0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the loopback interface by its Linux name")
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_ranks_and_images_gives_the_scores_of_one(ranks_folder, world):
+    for count in range(1, scoring_worker.LARGEST + 1):  # with fewer images than ranks, some rank has none
+        alone = scoring_worker.scores(count)
+        for rank in range(world):
+            matrix, boundary_iou, calibration_error = torch.load(ranks_folder / f"{world}-{count}-{rank}.pt")
+            assert torch.equal(matrix, alone.matrix)
+            assert torch.equal(boundary_iou.nan_to_num(-1), alone.boundary_iou.nan_to_num(-1))
+            assert calibration_error == pytest.approx(alone.calibration_error, rel=1e-9)

@@ -78,6 +78,11 @@ def folder_set(root, names, masked=True):
     return Data(name="folder", root=str(root), workers=0)
 
 
+def test_a_run_without_validation_still_has_its_splits(tmp_path):
+    run = small_run(tmp_path / "run", dataclasses.replace(SMALL, val_split=""))
+    assert evaluate(run, split="val")["split"] == "val"
+
+
 def test_other_classes_are_refused_with_the_first_difference(run, tmp_path):
     with pytest.raises(UserError, match=r"7 classes, the data set 2"):
         evaluate(run, data=folder_set(tmp_path / "two", ["sky", "sea"]))

@@ -5,6 +5,7 @@ Every image is segmented as `windows` says and compared at its label's own size;
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,12 +89,17 @@ def score(
                 edges.update(predicted, label, name)
             if sureness is not None and confidence is not None:
                 sureness.update(predicted, label, confidence)
-    matrix = confusion.compute().reshape(head.num_classes, head.num_classes)
+    with warnings.catch_warnings():
+        # fewer images than ranks: one that has seen none still takes part in the sums
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
+        matrix = confusion.compute().reshape(head.num_classes, head.num_classes)
+        boundary_iou = None if edges is None else edges.compute().reshape(-1).cpu()
+        calibration_error = None if sureness is None else sureness.compute().item()
     return Scores(
         matrix=matrix.cpu(),
         overlap=overlap(matrix),
-        boundary_iou=None if edges is None else edges.compute().reshape(-1).cpu(),
-        calibration_error=None if sureness is None else sureness.compute().item(),
+        boundary_iou=boundary_iou,
+        calibration_error=calibration_error,
         images=images,
         seconds=seconds,
         distinctness=head.distinctness() if hasattr(head, "distinctness") else {},

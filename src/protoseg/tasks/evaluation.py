@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as jsonlib
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def evaluate(
     segmenter, meta = saving.load(folder)
     data = data or recorded_data(folder)
     evaluation = evaluation or recorded_evaluation(folder, meta)
-    source = catalog.find(data, getattr(data, f"{split}_split", split))
+    source = catalog.find(data, getattr(data, f"{split}_split", split) or split)
     check_classes(folder, meta["names"], source.labels.names)
     _check_labelled(source)
 
@@ -80,9 +79,7 @@ def evaluate(
         **summary(scores, tuple(meta["names"])),
     }
     written = write_json(Path(out) if out else folder / f"evaluation-{source.split}.json", report)
-    print(jsonlib.dumps(jsonlib.loads(written.read_text("utf-8")), indent=2) if json else table(report))
-    if not json:
-        print(f"written: {written}")
+    print(written.read_text(encoding="utf-8") if json else f"{table(report)}\nwritten: {written}")
     return report
 
 

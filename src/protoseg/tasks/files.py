@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -47,8 +48,10 @@ def _umask() -> int:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Indented UTF-8 JSON; numbers that are not finite become null, which is all that strict JSON has."""
+    """Indented UTF-8 JSON, a list of numbers on one line; numbers that are not finite become null, as JSON has none."""
     text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # a line break after the bracket: strings hold none, so this is never inside one
+    text = re.sub(r"\[\n([^\[\]{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     return write_whole(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
 
 
