@@ -3,7 +3,9 @@ asks here whether a faster way applies, and takes the plain lines where it does 
 
 | what | fast way | where not |
 |---|---|---|
-| scores, losses and their gradient | `similarity.one_pass` | `torch.compile`; inside `plain_only()` |
+| scores, losses and their gradient | `similarity.one_pass` | `torch.compile`; `plain_only()` |
+| transport plan | `clustering.transport_plan` | kappa too small for the type; `plain_only()` |
+| sums of the update | `clustering.segment_sums` | `plain_only()` |
 
 The answer depends on nothing that may differ between ranks (not on the number of pixels, say): ranks that sum over
 each other must all go the same way.
@@ -17,9 +19,22 @@ from contextvars import ContextVar
 
 import torch
 
+from protoseg.kernels import clustering
+from protoseg.kernels.clustering import row_products, segment_sums, transport_plan
 from protoseg.kernels.similarity import Batch, Settings, one_pass
 
-__all__ = ["Batch", "Settings", "one_pass", "one_pass_applies", "plain_only"]
+__all__ = [
+    "Batch",
+    "Settings",
+    "one_pass",
+    "one_pass_applies",
+    "plain_only",
+    "row_products",
+    "segment_sums",
+    "segment_sums_apply",
+    "transport_plan",
+    "transport_plan_applies",
+]
 
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
 
@@ -37,3 +52,13 @@ def plain_only() -> Iterator[None]:
 def one_pass_applies() -> bool:
     """Whether `head.losses` goes through `one_pass`. A compiler traces the plain lines and fuses them itself."""
     return not (torch.compiler.is_compiling() or _plain.get())
+
+
+def transport_plan_applies(dtype: torch.dtype, kappa: float) -> bool:
+    """Whether `clustering.balanced_assignment` goes through `transport_plan`."""
+    return clustering.scaling_applies(dtype, kappa) and not _plain.get()
+
+
+def segment_sums_apply() -> bool:
+    """Whether `prototypes.assigned_sums` goes through `segment_sums`."""
+    return not _plain.get()

@@ -125,9 +125,9 @@ def sweep(
     if not resized:  # any run of pixels is a band: one image, a pixel a row
         B, h, w, labels = 1, N, 1, labels.reshape(1, N, 1)
     height, width = labels.shape[1:]
-    vertical = None
     if resized:
-        vertical = upsampling.lines(h, height, s.align_corners, batch.embedding.dtype, batch.embedding.device)
+        kind = (s.align_corners, batch.embedding.dtype, batch.embedding.device)
+        vertical, across = upsampling.lines(h, height, *kind), upsampling.lines(w, width, *kind)
     budget = CPU_BAND if batch.embedding.device.type == "cpu" else GPU_BAND
     scale = batch.log_scale.exp().to(batch.embedding.dtype)
     ce_share = batch.label_share * ce_weight
@@ -185,7 +185,7 @@ def sweep(
         if only_own:
             swept.own[:, start:end] = _own(cosines.view(C, K, -1), batch.classes[start:end])
             continue
-        if vertical is None:
+        if not resized:
             loss = upsampling.cross_entropy_(
                 scores, labels[0, start:end, 0], s.ignore_index, batch.class_weights, ce_share
             )
@@ -195,7 +195,7 @@ def sweep(
         if rows.start == 0:
             carried, done = None, 0
         planes = C * len(images)
-        widened = upsampling.widen(scores.view(planes, len(rows), w), width, s.align_corners)
+        widened = upsampling.widen(scores.view(-1, w), across).view(planes, len(rows), width)
         label_gradient = torch.zeros_like(widened)
         top = rows.start
         if carried is not None:
@@ -214,7 +214,7 @@ def sweep(
             cosines, best, label_gradient = cosines[:, :-w], best[:, :-w], label_gradient[:, :-1]
             end -= w
         if end > start:
-            scores_gradient = upsampling.narrow(label_gradient, w, s.align_corners).reshape(C, -1)
+            scores_gradient = upsampling.narrow(label_gradient.reshape(-1, width), across).view(C, -1)
             finish(cosines, best, scores_gradient, start, end)
     swept.ce *= batch.label_share
     swept.own = swept.own.T

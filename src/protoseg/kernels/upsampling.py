@@ -7,30 +7,42 @@ scores lie classes first, pixels last, so a strip of any images is (C, pixels)."
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+TAPS = 16  # inputs a block of outputs takes from, about: two are needed, a product wants a few more
+STRIP = 300_000  # logits that are worth the calls of a strip
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Label rows as mixes of feature rows: the vertical half of a bilinear resize.
+    """Outputs as mixes of inputs along one axis: half of a bilinear resize.
 
     Attributes:
-        first, last: for each label row the first and last feature row it takes from; never falling.
-        matrix: (label rows, feature rows) weights.
+        first, last: for each output the first and last input it takes from; never falling.
+        matrix: (outputs, inputs) weights.
+        block: how many outputs are made in one product, so that it is about `TAPS` wide.
     """
 
     first: tuple[int, ...]
     last: tuple[int, ...]
     matrix: Tensor
+    block: int
 
-    def ready(self, rows: int) -> int:
-        """How many label rows need nothing but the first `rows` feature rows."""
-        return sum(1 for last in self.last if last < rows)
+    def ready(self, inputs: int) -> int:
+        """How many outputs need nothing but the first `inputs` inputs."""
+        return bisect_left(self.last, inputs)
+
+    def blocks(self, start: int, end: int, step: int) -> Iterator[tuple[slice, slice]]:
+        """(outputs, inputs they take from) of outputs [start, end), `step` at a time."""
+        for y in range(start, end, step):
+            stop = min(y + step, end)
+            yield slice(y, stop), slice(self.first[y], self.last[stop - 1] + 1)
 
 
 @lru_cache(maxsize=64)
@@ -54,24 +66,28 @@ def lines(size: int, out: int, align_corners: bool, dtype: torch.dtype, device: 
     share = (source - low)[:, None].to(dtype)
     low = low.long()[:, None]
     matrix = torch.zeros(out, size, device=device, dtype=dtype).scatter_(1, low, 1 - share)
-    return Lines(first, last, matrix.scatter_add_(1, (low + 1).clamp(max=size - 1), share))
+    matrix.scatter_add_(1, (low + 1).clamp(max=size - 1), share)
+    return Lines(first, last, matrix, max(1, TAPS * out // size))
 
 
-def widen(planes: Tensor, width: int, align_corners: bool) -> Tensor:
-    """(planes, rows, w) -> (planes, rows, width), bilinear along the rows alone."""
-    if planes.shape[2] == width:
-        return planes
-    return F.interpolate(planes[None], size=(planes.shape[1], width), mode="bilinear", align_corners=align_corners)[0]
+def widen(rows: Tensor, along: Lines) -> Tensor:
+    """(rows, w) -> (rows, W): every row resized by itself."""
+    if len(along.first) == rows.shape[1]:
+        return rows
+    wide = rows.new_empty(rows.shape[0], len(along.first))
+    for out, taken in along.blocks(0, len(along.first), along.block):
+        torch.mm(rows[:, taken], along.matrix[out, taken].T, out=wide[:, out])
+    return wide
 
 
-def narrow(gradient: Tensor, width: int, align_corners: bool) -> Tensor:
-    """The adjoint of `widen`: (planes, rows, W) -> (planes, rows, width)."""
-    planes, rows, wide = gradient.shape
-    if wide == width:
+def narrow(gradient: Tensor, along: Lines) -> Tensor:
+    """The adjoint of `widen`: (rows, W) -> (rows, w)."""
+    if along.matrix.shape[1] == gradient.shape[1]:
         return gradient
-    return torch.ops.aten.upsample_bilinear2d_backward(
-        gradient.contiguous()[None], [rows, wide], [1, planes, rows, width], align_corners, None, None
-    )[0]
+    narrowed = gradient.new_zeros(gradient.shape[0], along.matrix.shape[1])
+    for out, taken in along.blocks(0, len(along.first), along.block):
+        narrowed[:, taken].addmm_(gradient[:, out], along.matrix[out, taken])
+    return narrowed
 
 
 def cross_entropy_(
@@ -127,14 +143,14 @@ def strip_cross_entropy(
     """
     planes, _, width = widened.shape
     images = labels.shape[0]
-    step = max(1, budget // (planes * width))
+    enough = STRIP if widened.device.type == "cpu" else budget
+    step = max(1, min(max(vertical.block // 8, enough // (planes * width)), budget // (planes * width)))
     loss = widened.new_zeros(())
-    for y in range(rows[0], rows[1], step):
-        end = min(y + step, rows[1])
-        low, high = vertical.first[y] - top, vertical.last[end - 1] - top + 1
-        mix = vertical.matrix[y:end, top + low : top + high]
-        logits = torch.matmul(mix, widened[:, low:high])  # C*G strip W
+    for out, taken in vertical.blocks(*rows, step):
+        mix = vertical.matrix[out, taken]
+        held = slice(taken.start - top, taken.stop - top)
+        logits = torch.matmul(mix, widened[:, held])  # C*G strip W
         flat = logits.view(planes // images, -1)
-        loss = loss + cross_entropy_(flat, labels[:, y:end].reshape(-1), ignore_index, class_weights, share)
-        gradient[:, low:high] += torch.matmul(mix.T, logits)
+        loss = loss + cross_entropy_(flat, labels[:, out].reshape(-1), ignore_index, class_weights, share)
+        gradient[:, held] += torch.matmul(mix.T, logits)
     return loss

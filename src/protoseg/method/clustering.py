@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from protoseg import kernels
 from protoseg.method import ranks
 
 Reduction = Callable[[Tensor], Tensor]
@@ -85,7 +86,7 @@ def hard_assignment(
     small_classes: Literal["nearest", "plan"] = "nearest",
     total: Reduction = ranks.total,
 ) -> Tensor:
-    """Eq. (4): k_i, the prototype of largest mass in the pixel's row of the plan.
+    """Eq. (4): k_i, the prototype of largest mass in the pixel's row of the plan (or of its log).
 
     A class with fewer pixels than prototypes cannot be shared out (one pixel: the plan is uniform and its argmax mere
     rounding), so its pixels take their `nearest` prototype; `plan` takes the argmax all the same, and the first
@@ -115,7 +116,11 @@ def balanced_assignment(
     largest: Reduction = ranks.largest,
 ) -> Tensor:
     """Eq. (3), (4): `sinkhorn`, then `hard_assignment`. (N,) in [0, K)."""
-    plan = sinkhorn(own, classes, num_classes, kappa=kappa, iterations=iterations, total=total, largest=largest)
+    if kernels.transport_plan_applies(own.dtype, kappa):
+        segments = _segments(classes, num_classes)
+        plan = kernels.transport_plan(own, segments, num_classes, kappa, iterations, total)
+    else:
+        plan = sinkhorn(own, classes, num_classes, kappa=kappa, iterations=iterations, total=total, largest=largest)
     return hard_assignment(plan, own, classes, num_classes, small_classes=small_classes, total=total)
 
 

@@ -315,8 +315,8 @@ class PrototypeHead(nn.Module):
         if not batches:
             raise ValueError("update needs the losses of at least one batch")
         C, K = self.num_classes, self.num_prototypes
-        embedding = torch.cat([batch.embedding for batch in batches if batch.embedding is not None])
-        moving = torch.cat([batch.moving for batch in batches if batch.moving is not None])
+        embedding = _joined([batch.embedding for batch in batches if batch.embedding is not None])
+        moving = _joined([batch.moving for batch in batches if batch.moving is not None])
         broken = torch.stack([~batch.total.detach().isfinite() for batch in batches]).any()
         broken = ranks.total(broken.to(torch.int32)) > 0  # also where ranks move apart: none may drift alone
         sums, counts = assigned_sums(embedding, moving, C * K, self._total)
@@ -410,8 +410,9 @@ class PrototypeHead(nn.Module):
         """Set at most one dead prototype of each class on the pixel that the others serve worst."""
         C, K = self.num_classes, self.num_prototypes
         classes = torch.where(moving < 0, -1, moving // K)
-        nearest = self.prototypes.to(embedding.dtype)[classes.clamp(min=0), (moving % K).clamp(min=0)]
-        vectors, found = least_like_their_own(embedding, (embedding * nearest).sum(1), classes, C)
+        flat = self.prototypes.to(embedding.dtype).flatten(0, 1)  # CK D
+        near = kernels.row_products(embedding, flat, moving.clamp(min=0))  # N
+        vectors, found = least_like_their_own(embedding, near, classes, C)
         worst = self.idle.argmax(1, keepdim=True)  # C 1
         dead = self.idle.gather(1, worst) >= float(self.reseed_after or math.inf)
         chosen = torch.zeros_like(self.idle, dtype=torch.bool).scatter_(1, worst, dead & found[:, None] & ~broken)
@@ -423,3 +424,7 @@ class PrototypeHead(nn.Module):
         self.length.copy_(torch.where(chosen, 1.0, self.length))
         self.usage.copy_(torch.where(chosen, 1 / K, self.usage))
         self.idle.copy_(torch.where(chosen, 0, self.idle))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # one batch needs no copy

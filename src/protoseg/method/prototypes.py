@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from protoseg import kernels
 from protoseg.method import ranks
 from protoseg.method.clustering import Reduction
 from protoseg.method.similarity import unit
@@ -45,9 +46,12 @@ def assigned_sums(
         (count, D) sums and (count,) counts.
     """
     index = torch.where(prototype < 0, count, prototype)  # pixels without one go to a row that is dropped
-    rows = torch.cat([embedding, embedding.new_ones(len(embedding), 1)], 1)  # N D+1, so that one reduction does
-    flat = embedding.new_zeros(count + 1, rows.shape[1]).index_add_(0, index, rows)
-    flat = total(flat[:count])
+    if kernels.segment_sums_apply():
+        sums = kernels.segment_sums(embedding, index, count)
+    else:
+        sums = embedding.new_zeros(count + 1, embedding.shape[1]).index_add_(0, index, embedding)[:count]
+    counts = embedding.new_zeros(count + 1).index_add_(0, index, embedding.new_ones(len(embedding)))[:count]
+    flat = total(torch.cat([sums, counts[:, None]], 1))  # one reduction for both
     return flat[:, :-1], flat[:, -1]
 
 
@@ -122,15 +126,17 @@ def least_like_their_own(embedding: Tensor, best: Tensor, classes: Tensor, num_c
     segments = torch.where(classes < 0, num_classes, classes)
     miss = best.new_full((num_classes + 1,), -torch.inf).scatter_reduce_(0, segments, -best, "amax")
     miss = ranks.largest(miss)
-    position = ranks.offset(n, embedding.device) + torch.arange(n, device=embedding.device)
-    first = torch.full((num_classes + 1,), torch.iinfo(torch.int64).min, device=embedding.device)
-    candidate = -best == miss[segments]
-    lowest = torch.iinfo(torch.int64).min + 1
-    first = ranks.largest(first.scatter_reduce_(0, segments, torch.where(candidate, -position, lowest), "amax"))
-    chosen = candidate & (-position == first[segments]) & (classes >= 0)
-    rows = embedding.new_zeros(num_classes + 1, embedding.shape[1])
-    rows.index_add_(0, torch.where(chosen, segments, num_classes), torch.where(chosen[:, None], embedding, 0))
-    return ranks.total(rows[:num_classes]), miss[:num_classes].isfinite()
+    below = ranks.offset(n, embedding.device)  # how many pixels come before this rank's
+    position = below + torch.arange(n, device=embedding.device)
+    lowest = torch.iinfo(torch.int64).min
+    first = torch.full((num_classes + 1,), lowest, device=embedding.device)
+    candidate = -best == miss.index_select(0, segments)
+    first.scatter_reduce_(0, segments, torch.where(candidate, -position, lowest), "amax")
+    local = -ranks.largest(first)[:num_classes] - below  # C, index on this rank, where it is on this rank
+    found = miss[:num_classes].isfinite()
+    mine = found & (local >= 0) & (local < n)
+    rows = embedding[local.clamp(0, max(n - 1, 0))] if n else embedding.new_zeros(num_classes, embedding.shape[1])
+    return ranks.total(torch.where(mine[:, None], rows, 0)), found
 
 
 def pairwise_cosine(prototypes: Tensor) -> Tensor:
