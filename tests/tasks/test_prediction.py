@@ -15,7 +15,7 @@ from protoseg.config import DataError, Evaluation, UserError
 from protoseg.data import synthetic
 from protoseg.data.labels import known_classes
 from protoseg.tasks import prediction
-from protoseg.tasks.prediction import affordable, load, plan, predict
+from protoseg.tasks.prediction import affordable, load, predict
 from saved_models import save_small, small_run
 
 
@@ -208,36 +208,6 @@ def test_an_overlay_asked_for_later_is_made(model, photos, tmp_path):
     assert files(out) == ["labels/a.png", "legend.json"]
     assert len(predict(model, [photos / "a.png"], out).written) == 1
     assert "overlays/a.png" in files(out)
-
-
-def test_equal_names_do_not_collide(photos, tmp_path):
-    Image.new("RGB", (8, 8)).save(photos / "a.jpg")
-    other = tmp_path / "others"
-    other.mkdir()
-    Image.new("RGB", (8, 8)).save(other / "b.png")
-    for given in (
-        [photos],
-        [photos / "a.png", photos / "deep" / "a.png", photos / "a.jpg"],
-        [photos, other],
-        [photos, photos / "a.png", str(photos / "*.png"), str(photos / "**" / "*.jpg")],
-    ):
-        jobs = plan(given, tmp_path / "out")
-        targets = [str(target.labels).casefold() for _, target in jobs]
-        assert len(set(targets)) == len(targets)
-        sources = {os.path.realpath(source) for source, _ in jobs}
-        assert len(sources) == len(jobs)
-        assert jobs == plan(given, tmp_path / "out")
-
-
-def test_names_stay_inside_the_output_folder(model, photos, tmp_path, monkeypatch):
-    monkeypatch.chdir(photos / "deep")
-    for given in ["../a.png", "../../photos/b.png", "..", "../*.png"]:
-        for _, target in plan([given], tmp_path / "out"):
-            assert target.labels.resolve().is_relative_to(tmp_path / "out" / "labels")
-    (tmp_path / "out" / "labels").mkdir(parents=True)
-    (tmp_path / "out" / "labels" / "deep").symlink_to(photos)
-    with pytest.raises(UserError, match="outside"):
-        plan([photos], tmp_path / "out")
 
 
 def test_nothing_to_do_is_said(model, tmp_path):

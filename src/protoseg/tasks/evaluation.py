@@ -15,7 +15,7 @@ from protoseg.data.dataset import SegmentationDataset
 from protoseg.engine.scoring import Scores, score
 from protoseg.models import count_parameters, saving
 from protoseg.tasks.files import counted, write_json
-from protoseg.tasks.prediction import choose_device, model_folder, recorded, recorded_evaluation, settings_of
+from protoseg.tasks.saved import choose_device, model_folder, recorded, recorded_evaluation, settings_of
 
 
 def evaluate(

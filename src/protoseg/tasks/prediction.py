@@ -13,11 +13,7 @@ stopped, and a file that somebody else put there is never overwritten.
 from __future__ import annotations
 
 import dataclasses
-import glob
-import hashlib
-import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,12 +22,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from protoseg.config import Data, DataError, Evaluation, UserError
-from protoseg.data.images import SUFFIXES, read_image
+from protoseg.data.images import read_image
 from protoseg.data.labels import known_classes
 from protoseg.data.transforms import resize_image
 from protoseg.engine.drawing import default_palette, index_image, overlay
@@ -39,10 +34,11 @@ from protoseg.engine.windows import segment_labels
 from protoseg.models import saving
 from protoseg.models.segmenter import Segmenter
 from protoseg.tasks.files import counted, write_json, write_whole
+from protoseg.tasks.outputs import ORIGIN, file_key, fingerprint, is_done, plan
+from protoseg.tasks.saved import choose_device, model_folder, recorded_evaluation
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Submission = Literal["", "ade20k", "cityscapes"]
-ORIGIN = "protoseg"  # the PNG text chunk that says what a label file was made from
 LARGEST_TABLE = 2**27  # class probabilities of one image held at once (512 MB); larger ones are segmented in windows
 
 
@@ -150,79 +146,6 @@ def load(folder: str | Path, *, device: str = "auto", evaluation: Evaluation | N
     path = model_folder(folder)
     segmenter, meta = saving.load(path)
     return Predictor(segmenter, meta, evaluation or recorded_evaluation(path, meta), choose_device(device))
-
-
-def model_folder(folder: str | Path) -> Path:
-    """The model folder itself; of a run folder, `final` if it is there, else `best`.
-
-    Raises:
-        UserError: neither.
-    """
-    folder = Path(folder)
-    for candidate in (folder, folder / "final", folder / "best"):
-        if (candidate / saving.WEIGHTS).is_file():
-            return candidate
-    if not folder.exists():
-        raise UserError(f"{folder}: no such folder; give a run or model folder, such as runs/NAME or runs/NAME/best")
-    if (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{folder}: the run has saved no model yet; wait for a validation or continue it (--resume auto)"
-        )
-    return folder  # models.saving says what is missing
-
-
-def recorded(folder: Path) -> dict[str, Any]:
-    """The `config.yaml` of the run a model folder lies in, as plain data; empty if it lies in none.
-
-    Raises:
-        UserError: the file is not a YAML mapping.
-    """
-    path = folder.absolute().parent / "config.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
-        raise UserError(f"{path}: not readable ({str(fault).splitlines()[0]}); repair or remove it") from fault
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected settings, found {type(content).__name__}; repair or remove it")
-    return content
-
-
-def settings_of(kind: type[Any], given: Any, where: str) -> Any:
-    """A settings dataclass from plain data; lists become tuples.
-
-    Raises:
-        UserError: a key this version does not know.
-    """
-    known = {f.name for f in dataclasses.fields(kind)}
-    if not isinstance(given, dict) or given.keys() - known:
-        unknown = ", ".join(sorted(given.keys() - known)) if isinstance(given, dict) else type(given).__name__
-        raise UserError(f"{where}: {kind.__name__.lower()} has no setting {unknown}; it was written by another version")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-
-
-def recorded_evaluation(folder: Path, meta: dict[str, Any]) -> Evaluation:
-    """How the model was validated: from its own folder, else from its run, else the default."""
-    given = meta.get("evaluation") or recorded(folder).get("evaluation")
-    return settings_of(Evaluation, given, str(folder)) if given else Evaluation()
-
-
-def choose_device(device: str) -> torch.device:
-    """`auto`, `cpu`, `gpu`, or a torch device.
-
-    Raises:
-        UserError: not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device("cuda" if device == "gpu" else device)
-    except RuntimeError:
-        raise UserError(f"device {device!r} is unknown; choose auto, cpu or gpu") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU is visible to torch; choose cpu, or check nvidia-smi")
-    return found
 
 
 def affordable(evaluation: Evaluation, num_classes: int, size: tuple[int, int]) -> Evaluation:
@@ -351,135 +274,6 @@ def _report(outcome: Outcome, out: Path) -> None:
         print(f"{len(outcome.failed)} of {total} images failed:", file=sys.stderr)
         for source, reason in outcome.failed:
             print(f"  {reason if str(source) in reason else f'{source}: {reason}'}", file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the files of one image go."""
-
-    labels: Path
-    overlay: Path
-    confidence: Path
-
-    @classmethod
-    def of(cls, out: Path, name: Path) -> Target:
-        """For an image called `name`, a relative path without suffix."""
-        return cls(out / "labels" / f"{name}.png", out / "overlays" / f"{name}.png", out / "confidence" / f"{name}.npy")
-
-
-def plan(images: Sequence[str | Path], out: Path) -> list[tuple[Path, Target]]:
-    """Every image once, with the files it will become.
-
-    Names are paths below the folder that was given, or below what files have in common. Where two images would share a
-    name (a.jpg, a.png), both keep their suffix in it.
-
-    Raises:
-        UserError: nothing given, nothing found, or a name that leads out of `out`.
-    """
-    found: dict[Path, Path] = {}  # image -> relative name
-    alone: list[Path] = []
-    for given in images:
-        path = Path(given)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            if not inside:
-                raise UserError(f"{path}: no images in this folder; looked for {', '.join(SUFFIXES)}")
-            found |= {p: p.relative_to(path) for p in inside}
-        elif path.is_file():
-            alone.append(path)
-        elif glob.has_magic(str(given)):
-            matches = [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]
-            matches = [p for p in matches if p.is_file() and p.suffix.lower() in SUFFIXES]
-            if not matches:
-                raise UserError(f"{given}: nothing matches; quote the pattern, and ** reaches into folders")
-            alone += matches
-        else:
-            raise UserError(f"{given}: no such file or folder")
-    if alone:
-        common = os.path.commonpath([p.absolute().parent for p in alone])
-        found = {p: p.absolute().relative_to(common) for p in alone} | found
-    unique: dict[str, tuple[Path, Path]] = {}
-    for path, name in found.items():
-        unique.setdefault(os.path.realpath(path), (path, name))
-    if not unique:
-        raise UserError("no images given; name files, folders or a quoted pattern")
-    named = [(path, _no_suffix(name)) for path, name in unique.values()]
-    count = Counter(str(name).casefold() for _, name in named)
-    named = [(path, name.with_name(path.name) if count[str(name).casefold()] > 1 else name) for path, name in named]
-    named = _told_apart(named)
-    jobs = [(path, Target.of(out, name)) for path, name in named]
-    root = out.resolve()
-    for path, target in jobs:
-        for file in (target.labels, target.overlay, target.confidence):
-            if not file.parent.resolve().is_relative_to(root):  # a link inside `out` points elsewhere
-                raise UserError(f"{path}: its output {file} would lie outside {out}; choose another --out")
-    return jobs
-
-
-def _no_suffix(name: Path) -> Path:
-    return name.with_name(name.name[: -len(name.suffix)])
-
-
-def _told_apart(named: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
-    """Images of two given folders may still share a name: those go below a folder named by a digest of their own."""
-    count = Counter(str(name).casefold() for _, name in named)
-    return [
-        (path, Path(_digest(str(path.absolute().parent))[:8]) / name if count[str(name).casefold()] > 1 else name)
-        for path, name in named
-    ]
-
-
-def is_done(target: Target, origin: str, overlay: bool, confidence: bool, overwrite: bool) -> bool:
-    """Whether an earlier run has finished this image.
-
-    Raises:
-        DataError: the label file is there but of another model, image or origin (and `overwrite` is off), or is not a
-            prediction at all: that is never overwritten.
-    """
-    if not target.labels.exists():
-        return False
-    try:
-        with Image.open(target.labels, formats=["PNG"]) as image:
-            there = image.info.get(ORIGIN)
-    except (OSError, SyntaxError, ValueError):
-        there = None
-    if there is None:
-        raise DataError(f"{target.labels} exists and is no prediction; move it or choose another --out")
-    if overwrite:
-        return False
-    if there != origin:
-        raise DataError(
-            f"{target.labels} was made from another image, model or settings; add --overwrite or choose another --out"
-        )
-    return (not overlay or target.overlay.exists()) and (not confidence or target.confidence.exists())
-
-
-def fingerprint(folder: Path, evaluation: Evaluation, submission_format: str, exif: bool) -> str:
-    """A digest of the model's files and of everything that changes labels."""
-    digest = hashlib.sha256()
-    for name in (saving.WEIGHTS, saving.CONFIG):
-        with open(folder / name, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    digest.update(repr((dataclasses.asdict(evaluation), submission_format, exif)).encode())
-    return digest.hexdigest()[:16]
-
-
-def file_key(path: Path) -> str:
-    """Which file this is, by place, size and time of change; nothing readable, since it goes into pictures.
-
-    Raises:
-        DataError: it is gone.
-    """
-    try:
-        status = path.stat()
-    except OSError as fault:
-        raise DataError(f"{path}: cannot be read ({fault})") from fault
-    return _digest(f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}")[:16]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def submission_encoder(kind: Submission, names: tuple[str, ...]) -> Callable[[np.ndarray], np.ndarray]:
