@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -243,6 +244,26 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_its_exit_code(tmp_pat
     assert f"stopped by {signal.Signals(number).name}" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert last(recipe.out)["global_step"] >= 4
+
+
+def test_loader_processes_end_with_the_run_and_on_sigterm(tmp_path, monkeypatch):
+    recipe = small(tmp_path / "run")
+    recipe = replace(recipe, data=replace(recipe.data, workers=2))
+    workers = []
+
+    def look(self, *_):
+        self._between_steps = False
+        workers[:] = multiprocessing.active_children()
+        os.kill(workers[0].pid, signal.SIGTERM)
+        workers[0].join(5)
+        raise Killed
+
+    monkeypatch.setattr(training.Checkpoints, "on_train_batch_start", look)
+    with pytest.raises((Killed, RuntimeError)):  # torch may notice first that it has lost a worker
+        train(recipe)
+    assert len(workers) == 2
+    assert workers[0].exitcode == -signal.SIGTERM
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def wait_for(condition, process, seconds=120):

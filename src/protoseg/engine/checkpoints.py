@@ -99,6 +99,16 @@ class StopRequest:
         return Interrupted(128 + self.signal)
 
 
+def forget_signals(_: int) -> None:
+    """For loader processes, as their `worker_init_fn`: they are forked with the handlers of the training process.
+
+    A SIGTERM ends them, as torch expects when it stops them. A Ctrl-C, which a terminal sends to all processes of a
+    command, does not: the training process still wants the batch of the step it is in.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Checkpoints(Checkpoint):
     """Writes `path` every so many optimiser steps, before each validation, at the end and when asked to stop.
 

@@ -37,6 +37,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from protoseg.config import Data, Recipe, UserError
 from protoseg.data import catalog, loading, transforms
@@ -44,7 +45,14 @@ from protoseg.data.catalog import Source
 from protoseg.data.dataset import SegmentationDataset
 from protoseg.engine import optim
 from protoseg.engine.averaging import WeightAverage
-from protoseg.engine.checkpoints import AtomicFiles, Checkpoints, Interrupted, StopRequest, read_checkpoint
+from protoseg.engine.checkpoints import (
+    AtomicFiles,
+    Checkpoints,
+    Interrupted,
+    StopRequest,
+    forget_signals,
+    read_checkpoint,
+)
 from protoseg.engine.module import SegmentationModule
 from protoseg.engine.reporting import ProgressBar, Reporter, on_terminal
 from protoseg.engine.validation import Validation
@@ -107,6 +115,7 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
     reporter = Reporter(run / "metrics.csv", recipe.log_every, start, lines=not terminal)
     checkpoints = Checkpoints(run / LAST, recipe.checkpoint_every, recipe.val_every, stop, settings)
     average = WeightAverage(recipe.ema) if recipe.ema else None
+    loaders: list[DataLoader[Any]] = [loader.loader]
     callbacks: list[Callback] = [average] if average else []
     callbacks += [reporter, checkpoints]
     if validation is not None:
@@ -120,6 +129,8 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
             world=machine.world,
             workers=recipe.data.workers,
         )
+        batches.worker_init_fn = forget_signals
+        loaders.append(batches)
         callbacks.append(
             Validation(
                 batches, recipe.val_every, save_best, reporter=reporter, checkpoints=checkpoints, average=average
@@ -139,6 +150,8 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
             raise stop.interruption() from reason  # the stop came where nothing could be saved: last.ckpt stands
         raise
     finally:
+        for each in loaders:
+            close(each)
         stop.restore()
     if trainer.is_global_zero:
         with average.applied(module) if average else _nothing():
@@ -385,7 +398,16 @@ def training_batches(recipe: Recipe, source: Source, machine: Machine) -> Stream
         workers=recipe.data.workers,
         accumulate=machine.accumulate,
     )
+    loader.worker_init_fn = forget_signals
     return Stream(loader, recipe.steps * machine.accumulate)
+
+
+def close(loader: DataLoader[Any]) -> None:
+    """End the loader's processes now. Left to the garbage collector after an exception they may linger for seconds."""
+    iterator: Any = getattr(loader, "_iterator", None)  # of persistent workers; torch has no public way to them
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+        loader._iterator = None
 
 
 def build_trainer(recipe: Recipe, run: Path, machine: Machine, callbacks: list[Callback], start: int) -> Trainer:
