@@ -133,6 +133,9 @@ def sweep(
     ce_share = batch.label_share * ce_weight
     ppc_share = batch.pixel_share * ppc_weight
     valid = batch.classes >= 0
+    bands = _bands(B, h, w, max(FEWEST_COLUMNS, budget // (C * K)))
+    widest = max((len(images) * len(rows) * w for images, rows in bands), default=0)
+    work = new(C * K * (widest + (w if resized else 0)))  # one for all bands: fresh memory costs page faults
 
     swept = Swept(
         ce=new(()).zero_(),
@@ -151,7 +154,8 @@ def sweep(
         swept.own[:, start:end] = _own(table, batch.classes[start:end])
         if target is None or s.siblings:
             shift = best.amax(0) / s.temperature
-            mass = torch.add(-shift, cosines, alpha=1 / s.temperature).exp_()  # CK n
+            mass = work[: cosines.numel()].view(cosines.shape)  # CK n
+            torch.add(-shift, cosines, alpha=1 / s.temperature, out=mass).exp_()
         else:
             given = target[start:end].clamp(min=0)[None]  # 1 n
             own_class = batch.classes[start:end].clamp(min=0).expand(1, K, -1)  # 1 K n
@@ -172,7 +176,7 @@ def sweep(
 
     carried: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # cosines, best, widened scores, their gradient
     done = 0  # label rows of this image
-    for images, rows in _bands(B, h, w, max(FEWEST_COLUMNS, budget // (C * K))):
+    for images, rows in bands:
         start = images.start * h * w + rows.start * w
         end = (images.stop - 1) * h * w + rows.stop * w
         if raw is not None:
@@ -333,8 +337,11 @@ class OnePass(torch.autograd.Function):
 
 def one_pass(batch: Batch, assign: Assign) -> tuple[Tensor, ...]:
     """`OnePass` of a batch whose embedding is not yet of unit length."""
+    learned = [batch.embedding, batch.log_scale, batch.norm_weight, batch.norm_bias]
+    if not torch.is_grad_enabled():  # a Function hears of a parameter's wish even where nobody records
+        learned = [None if t is None else t.detach() for t in learned]
     return OnePass.apply(
-        batch.embedding, batch.log_scale, batch.norm_weight, batch.norm_bias, batch.prototypes, batch.labels,
+        *learned, batch.prototypes, batch.labels,
         batch.classes, batch.class_weights, batch.label_share, batch.pixel_share, batch.settings, assign,
     )  # fmt: skip
 
