@@ -181,3 +181,16 @@ def test_no_table_of_all_pixels_by_all_prototypes_or_classes_exists(narrow_bands
     N = 2 * 16 * 6
     assert plain.size >= N * 40 * 4
     assert fast.size < N * 40
+
+
+@pytest.mark.parametrize("preset", ["default", "reference"])
+@pytest.mark.parametrize("size", [(2, 5, 6), (1, 40, 40)])
+def test_scores_without_gradient_are_the_scores(preset, size, narrow_bands):
+    head = build(6, 3, num_prototypes=4, preset=preset)
+    features, _ = batch(6, 3, size=size)
+    with torch.no_grad():
+        assert_close(head(features), head(features.requires_grad_(True)).detach(), rtol=0, atol=1e-12)
+        fast = head(features)
+        with kernels.plain_only():
+            assert_close(fast, head(features), rtol=0, atol=1e-12)
+    assert head(features).requires_grad

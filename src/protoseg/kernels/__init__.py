@@ -4,6 +4,7 @@ asks here whether a faster way applies, and takes the plain lines where it does 
 | what | fast way | where not |
 |---|---|---|
 | scores, losses and their gradient | `similarity.one_pass` | `torch.compile`; `plain_only()` |
+| scores alone, without gradient | `similarity.class_cosines` | `torch.compile`, export, tracing; `plain_only()` |
 | transport plan | `clustering.transport_plan` | kappa too small for the type; `plain_only()` |
 | sums of the update | `clustering.segment_sums` | `plain_only()` |
 
@@ -21,11 +22,13 @@ import torch
 
 from protoseg.kernels import clustering
 from protoseg.kernels.clustering import row_products, segment_sums, transport_plan
-from protoseg.kernels.similarity import Batch, Settings, one_pass
+from protoseg.kernels.similarity import Batch, Settings, class_cosines, one_pass
 
 __all__ = [
     "Batch",
     "Settings",
+    "class_cosines",
+    "class_cosines_apply",
     "one_pass",
     "one_pass_applies",
     "plain_only",
@@ -52,6 +55,12 @@ def plain_only() -> Iterator[None]:
 def one_pass_applies() -> bool:
     """Whether `head.losses` goes through `one_pass`. A compiler traces the plain lines and fuses them itself."""
     return not (torch.compiler.is_compiling() or _plain.get())
+
+
+def class_cosines_apply() -> bool:
+    """Whether `head(features)` goes through `class_cosines`."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (torch.is_grad_enabled() or traced or _plain.get())
 
 
 def transport_plan_applies(dtype: torch.dtype, kappa: float) -> bool:

@@ -346,6 +346,30 @@ def one_pass(batch: Batch, assign: Assign) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
+def class_cosines(raw: Tensor, prototypes: Tensor) -> Tensor:
+    """Eq. (1) without gradient: cosine of every pixel with the nearest prototype of every class, a band at a time.
+
+    Args:
+        raw: (N, D) embedding, of any length.
+        prototypes: (C, K, D) unit vectors of the same type.
+
+    Returns:
+        (N, C), classes first in memory.
+    """
+    C, K, D = prototypes.shape
+    flat = prototypes.flatten(0, 1)
+    best = raw.new_empty(C, len(raw))
+    budget = CPU_BAND if raw.device.type == "cpu" else GPU_BAND
+    step = max(FEWEST_COLUMNS, budget // (C * K))
+    unit = raw.new_empty(min(step, len(raw)), D)
+    for start in range(0, len(raw), step):
+        part = raw[start : start + step]
+        _to_unit(part, unit[: len(part)])
+        cosines = gemm.similarities(flat, unit[: len(part)])
+        torch.amax(cosines.view(C, K, -1), 1, out=best[:, start : start + step])
+    return best.T
+
+
 def _own(table: Tensor, classes: Tensor) -> Tensor:
     """(C, K, n) cosines, (n,) class or -1 -> (K, n) cosines with the own class (of void pixels, with class 0)."""
     return table.gather(0, classes.clamp(min=0).expand(1, table.shape[1], -1))[0]

@@ -207,15 +207,21 @@ class PrototypeHead(nn.Module):
 
     def score(self, similarity: Tensor) -> Tensor:
         """(N, C*K) cosines -> (N, C) class scores, the logits of Eq. (2)."""
-        scores = class_similarity(similarity, self.num_classes) * self.log_scale.exp()
+        return self._score(class_similarity(similarity, self.num_classes))
+
+    def _score(self, nearest: Tensor) -> Tensor:
+        scores = nearest * self.log_scale.exp()
         return scores if self.score_norm is None else self.score_norm(scores)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D', h, w) features -> (B, C, h, w) class scores, in fp32 at least."""
         B, _, h, w = features.shape
-        embedding = self.embed(features)
+        raw = self._embed(features)
         with torch.autocast(features.device.type, enabled=False):
-            scores = self.score(cosine_similarity(embedding, self.prototypes))
+            if kernels.class_cosines_apply():
+                scores = self._score(kernels.class_cosines(raw, self.prototypes.to(raw.dtype)))
+            else:
+                scores = self.score(cosine_similarity(unit(raw), self.prototypes))
         return scores.view(B, h, w, -1).permute(0, 3, 1, 2)
 
     def losses(self, features: Tensor, labels: Tensor, *, gumbel: Tensor | None = None) -> Losses:
