@@ -38,6 +38,7 @@ from protoseg.method.similarity import class_similarity, cosine_similarity, embe
 Projection = Literal["mlp", "linear", "none"]
 ASSIGNMENTS = {"argmax": clustering.balanced_assignment, "nearest": clustering.nearest_assignment}
 USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
+CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
 DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
 
 
@@ -327,21 +328,23 @@ class PrototypeHead(nn.Module):
         broken = ranks.total(broken.to(torch.int32)) > 0  # also where ranks move apart: none may drift alone
         sums, counts = assigned_sums(embedding, moving, C * K, self._total)
         counts = torch.where(broken, 0, counts)
-        prototypes, weight, length = momentum_step(
-            self.prototypes,
-            self.weight,
-            self.length,
-            sums.to(self.prototypes.dtype),
-            counts.to(self.weight.dtype),
-            momentum=self.momentum,
-            rule=self.momentum_rule,
-            count_cap=self.count_cap,
-        )
+        for part in _class_parts(self.prototypes):
+            rows = slice(part.start * K, part.stop * K)
+            prototypes, weight, length = momentum_step(
+                self.prototypes[part],
+                self.weight[part],
+                self.length[part],
+                sums[rows].to(self.prototypes.dtype),
+                counts[rows].to(self.weight.dtype),
+                momentum=self.momentum,
+                rule=self.momentum_rule,
+                count_cap=self.count_cap,
+            )
+            self.prototypes[part] = prototypes
+            self.weight[part] = weight
+            self.length[part] = length
         if self.across_ranks == "average" and ranks.world_size() > 1:
-            prototypes = unit(ranks.total(prototypes / ranks.world_size()))
-        self.prototypes.copy_(prototypes)
-        self.weight.copy_(weight)
-        self.length.copy_(length)
+            self.prototypes.copy_(unit(ranks.total(self.prototypes / ranks.world_size())))
         counts = counts if self.across_ranks == "exact" else ranks.total(counts)  # the log is one for all ranks
         self._note_usage(counts.view(C, K).to(self.usage.dtype))
         if self.reseed_after is not None:
@@ -423,9 +426,10 @@ class PrototypeHead(nn.Module):
         dead = self.idle.gather(1, worst) >= float(self.reseed_after or math.inf)
         chosen = torch.zeros_like(self.idle, dtype=torch.bool).scatter_(1, worst, dead & found[:, None] & ~broken)
         first = starting_weight("data", self.momentum, self.momentum_rule)
-        self.prototypes.copy_(
-            torch.where(chosen[..., None], unit(vectors)[:, None].to(self.prototypes.dtype), self.prototypes)
-        )
+        index = worst[..., None].expand(-1, 1, self.prototypes.shape[2])  # C 1 D, the only rows that may change
+        seeded = chosen.any(1)[:, None, None]
+        rows = torch.where(seeded, unit(vectors)[:, None].to(self.prototypes.dtype), self.prototypes.gather(1, index))
+        self.prototypes.scatter_(1, index, rows)
         self.weight.copy_(torch.where(chosen, max(first, 1.0), self.weight))
         self.length.copy_(torch.where(chosen, 1.0, self.length))
         self.usage.copy_(torch.where(chosen, 1 / K, self.usage))
@@ -434,3 +438,10 @@ class PrototypeHead(nn.Module):
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # one batch needs no copy
+
+
+def _class_parts(prototypes: Tensor) -> list[slice]:
+    """Runs of classes small enough for a CPU's cache: with 847 classes fresh memory cost ten times the arithmetic."""
+    C, K, D = prototypes.shape
+    step = C if prototypes.device.type != "cpu" else max(1, CACHED // (K * D))
+    return [slice(c, min(c + step, C)) for c in range(0, C, step)]

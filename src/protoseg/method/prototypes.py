@@ -51,7 +51,9 @@ def assigned_sums(
     else:
         sums = embedding.new_zeros(count + 1, embedding.shape[1]).index_add_(0, index, embedding)[:count]
     counts = embedding.new_zeros(count + 1).index_add_(0, index, embedding.new_ones(len(embedding)))[:count]
-    flat = total(torch.cat([sums, counts[:, None]], 1))  # one reduction for both
+    if total is not ranks.total or ranks.world_size() == 1:
+        return total(sums), total(counts)
+    flat = total(torch.cat([sums, counts[:, None]], 1))  # one message for both
     return flat[:, :-1], flat[:, -1]
 
 
@@ -85,7 +87,7 @@ def momentum_step(
         The new prototypes, weight and length.
     """
     sums, counts = sums.view_as(prototypes), counts.view_as(weight)
-    hit = (counts > 0) & sums.isfinite().all(-1)  # C K
+    hit = (counts > 0) & sums.sum(-1).isfinite()  # C K; a sum of unit vectors cannot overflow by itself
     q = counts.clamp(max=count_cap) if rule == "count_aware" else torch.ones_like(weight)
     new_weight = momentum * weight + q
     step = q / new_weight.clamp(min=1e-12)  # C K
