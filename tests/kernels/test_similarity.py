@@ -194,3 +194,21 @@ def test_scores_without_gradient_are_the_scores(preset, size, narrow_bands):
         with kernels.plain_only():
             assert_close(fast, head(features), rtol=0, atol=1e-12)
     assert head(features).requires_grad
+
+
+def test_a_functional_transform_takes_the_plain_lines():
+    head = build(6, 3, num_prototypes=4)
+    features, labels = batch(6, 3)
+    gradient = torch.func.grad(lambda x: head.losses(x, labels).total)(features)
+    assert_close(gradient, run(head, features, labels)[1]["features"], rtol=0, atol=1e-12)
+
+
+def test_a_pixel_without_length_gets_the_gradient_of_the_plain_lines():
+    head = build(6, 3, num_prototypes=4, projection="none")
+    features, labels = batch(6, 3, void=0)
+    features[0, :, 1, 2] = 0  # its length is held at 1e-12, so its gradient is enormous
+    fast, plain = both(head, features, labels)
+    one, two = fast[1]["features"], plain[1]["features"]
+    assert_close(one[0, :, 1, 2], two[0, :, 1, 2], rtol=1e-10, atol=0)
+    one[0, :, 1, 2] = two[0, :, 1, 2] = 0
+    assert_close(one, two, rtol=0, atol=1e-12)

@@ -3,7 +3,7 @@ asks here whether a faster way applies, and takes the plain lines where it does 
 
 | what | fast way | where not |
 |---|---|---|
-| scores, losses and their gradient | `similarity.one_pass` | `torch.compile`; `plain_only()` |
+| scores, losses and their gradient | `similarity.one_pass` | `torch.compile`, `torch.func`; `plain_only()` |
 | scores alone, without gradient | `similarity.class_cosines` | `torch.compile`, export, tracing; `plain_only()` |
 | transport plan | `clustering.transport_plan` | kappa too small for the type; `plain_only()` |
 | sums of the update | `clustering.segment_sums` | `plain_only()` |
@@ -54,12 +54,18 @@ def plain_only() -> Iterator[None]:
 
 def one_pass_applies() -> bool:
     """Whether `head.losses` goes through `one_pass`. A compiler traces the plain lines and fuses them itself."""
-    return not (torch.compiler.is_compiling() or _plain.get())
+    return not (torch.compiler.is_compiling() or _transformed() or _plain.get())
+
+
+def _transformed() -> bool:
+    """Whether a transform of `torch.func` is at work: it wants the plain lines, to differentiate them itself."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and active()
 
 
 def class_cosines_apply() -> bool:
     """Whether `head(features)` goes through `class_cosines`."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed()
     return not (torch.is_grad_enabled() or traced or _plain.get())
 
 
