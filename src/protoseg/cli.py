@@ -31,6 +31,7 @@ OPENING = (
 )  # fmt: skip
 CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 FAILED, USAGE, DATA_REFUSED, INTERRUPTED = 1, 2, 3, 130
+SECTIONS = (Data, Model, Head, Optim, Evaluation)
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -156,7 +157,7 @@ def recipe_options(parser: Parser, shown: tuple[str, ...] = ()) -> None:
     """
     parser.add_argument("--config", action="config", help="a YAML of settings; several are applied in order")
     parser.add_class_arguments(Recipe, None)
-    explain(parser)
+    explain(parser, {**argument_help(Recipe), **section_help(*SECTIONS)})
     for action in parser._actions:
         if shown and action.dest.split(".")[0] not in (*shown, "config", "help", "print_config"):
             action.help = jsonargparse.SUPPRESS
@@ -166,15 +167,21 @@ def section_options(parser: Parser, *sections: type) -> None:
     """Sections of `Recipe` as options, `--data.name` and so on."""
     for section in sections:
         parser.add_class_arguments(section, section.__name__.lower())
-    explain(parser)
+    explain(parser, section_help(*sections))
 
 
-def explain(parser: Parser) -> None:
-    """Give the options that are settings the text of their docstrings."""
-    helps = argument_help(Recipe)
-    for section in (Data, Model, Head, Optim, Evaluation):
+def section_help(*sections: type) -> dict[str, str]:
+    """Option -> its text, `data.root` and so on; for `data` itself what can be given there."""
+    helps: dict[str, str] = {}
+    for section in sections:
         prefix = section.__name__.lower()
+        helps[prefix] = f"a YAML of the {prefix} settings below"
         helps |= {f"{prefix}.{name}": text for name, text in argument_help(section).items()}
+    return helps
+
+
+def explain(parser: Parser, helps: dict[str, str]) -> None:
+    """Give the options that are settings the text of their docstrings; the verb's own options keep theirs."""
     for action in parser._actions:
         action.help = helps.get(action.dest, action.help)
     for group in parser._action_groups:

@@ -117,7 +117,31 @@ class Model:
 class Head:
     """The classifier: prototypes, or one of the parametric baselines. `None`: what the preset says.
 
-    The fields below `preset` are arguments of `protoseg.PrototypeHead`, documented there.
+    The fields below `preset` are arguments of `protoseg.PrototypeHead`.
+
+    Args:
+        kind: `prototype`; or a parametric baseline: `softmax` (a plain 1x1), `softmax_projected` (behind the same
+            projection), `cosine` (learned unit vectors behind the same projection).
+        preset: `default`; `reference` is the 2022 code step for step, `reference_fixed` its constants without its
+            mistakes. The settings below override it.
+        num_prototypes: K, per class.
+        embed_dim: D, channels the prototypes live in; default 256, of `reference` as many as the decoder gives.
+        projection: layers between decoder and prototypes.
+        class_weights: one weight per class of the cross-entropy; protoseg data stats prints some.
+        start: where prototypes begin; `data`: at the first pixels of their class.
+        momentum: mu of the moving average of Eq. (8).
+        momentum_rule: how mu follows the number of steps and pixels.
+        assignment: how a pixel gets its prototype from the clustering.
+        update_from: move prototypes by all labelled pixels, or by those classified correctly.
+        kappa: entropy weight of the clustering, Eq. (4).
+        sinkhorn_iterations: of the clustering.
+        score_scale: what a cosine is multiplied by to be a logit.
+        learn_scale: whether that number is learned.
+        contrast_temperature: tau of the contrast loss (ppc), Eq. (5).
+        contrast_weight: lambda1, weight of ppc in the loss, Eq. (7).
+        distance_weight: lambda2, weight of the distance loss (ppd), Eq. (7).
+        contrast_siblings: whether prototypes of the same class are pushed away too.
+        reseed_after: steps a prototype may go unused before it is placed anew.
     """
 
     kind: HeadName = "prototype"
@@ -210,7 +234,7 @@ class Recipe:
         val_every: optimiser steps between validations; 0: only at the end.
         checkpoint_every: optimiser steps between writes of `last.ckpt`; 0: only before validations and at the end.
         log_every: optimiser steps between reports.
-        accelerator: `auto` takes a GPU where there is one.
+        accelerator: `auto` takes a GPU where there is one. Batch norm sees all devices on GPUs, each its own on CPUs.
         devices: processes per machine; 0: all at hand.
         nodes: machines; under torchrun both come from torchrun.
         precision: `16-mixed` needs a GPU.

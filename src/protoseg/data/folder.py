@@ -61,7 +61,7 @@ def read(file: Path, root: Path, split: str) -> tuple[list[Entry], list[Entry] |
     part = described.get(split)
     if part is None:
         there = ", ".join(key for key in described if key not in ABOUT_CLASSES)
-        raise NoSplit(f"{file}: no split {split!r}; it describes {there or 'none'}")
+        raise NoSplit(f"{file}: no split {split!r}; it describes {there or 'none'}; choose one of them or add it")
     if not isinstance(part, dict) or "images" not in part or (extra := set(part) - ABOUT_SPLITS):
         wrong = f"unknown keys {sorted(extra)}" if isinstance(part, dict) and "images" in part else f"given {part!r}"
         raise DataError(f"{file}: split {split!r} needs {{images: ..., masks: ..., list: ...}}; {wrong}")

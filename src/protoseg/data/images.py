@@ -115,7 +115,7 @@ def _decode(path: Path | str, exif: bool, max_pixels: int) -> Image.Image:
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; was it moved after the data set was listed?") from None
+        raise DataError(f"{path}: no such file; check the path, or whether it was moved meanwhile") from None
     except IsADirectoryError:
         raise DataError(f"{path}: a folder, not a file") from None
     except PermissionError:

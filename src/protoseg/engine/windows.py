@@ -28,6 +28,22 @@ class Network(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
+def check(evaluation: Evaluation) -> None:
+    """Refuse settings no image can be segmented with; to be called before a run, not only after hours of it.
+
+    Raises:
+        UserError: a stride that leaves gaps, or no usable scale.
+    """
+    if not evaluation.scales or min(evaluation.scales) <= 0:
+        raise UserError(f"evaluation.scales must be positive numbers, at least one; given {evaluation.scales}")
+    gaps = any(not 1 <= stride <= window for stride, window in zip(evaluation.stride, evaluation.window))
+    if evaluation.mode == "slide" and gaps:
+        raise UserError(
+            f"evaluation.stride must lie between 1 and evaluation.window, or pixels are left out; "
+            f"given stride {evaluation.stride} and window {evaluation.window} (height, width)"
+        )
+
+
 @torch.no_grad()
 def segment(model: Network, image: Tensor, evaluation: Evaluation, size: Size | None = None, batch: int = 1) -> Tensor:
     """Probabilities of every class at every pixel.
@@ -113,8 +129,7 @@ def _finished_blocks(
 
 def _maps(model: Network, image: Tensor, evaluation: Evaluation, batch: int) -> Iterator[Tensor]:
     """(C, h, w) probabilities for each scale, at the scaled image's size."""
-    if not evaluation.scales or min(evaluation.scales) <= 0:
-        raise UserError(f"evaluation.scales must be positive numbers, at least one; given {evaluation.scales}")
+    check(evaluation)
     height, width = _image_size(image)
     for scale in evaluation.scales:
         scaled = image
@@ -205,13 +220,9 @@ def _grid(image: Tensor, evaluation: Evaluation) -> tuple[tuple[list[int], int],
     height, width = _image_size(image)
     if evaluation.mode == "whole":
         return ([0], height), ([0], width)
+    check(evaluation)
     axes = []
     for side, window, stride in zip((height, width), evaluation.window, evaluation.stride):
-        if not 1 <= stride <= window:
-            raise UserError(
-                f"evaluation.stride must lie between 1 and evaluation.window, or pixels are left out; "
-                f"given stride {evaluation.stride} and window {evaluation.window} (height, width)"
-            )
         axes.append((window_starts(side, window, stride), min(window, side)))
     return axes[0], axes[1]
 

@@ -60,7 +60,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
+        raise UserError(f"{path}: no such weights file; check model.weights")
     if path.suffix != ".safetensors":
         raise UserError(
             f"{path}: only .safetensors weights are read, because a pickle can run code; convert the file first"

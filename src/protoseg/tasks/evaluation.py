@@ -12,9 +12,10 @@ from protoseg import __version__
 from protoseg.config import Data, Evaluation, UserError
 from protoseg.data import catalog, loading, transforms
 from protoseg.data.dataset import SegmentationDataset
+from protoseg.engine import windows
 from protoseg.engine.scoring import Scores, score
 from protoseg.models import count_parameters, saving
-from protoseg.tasks.files import counted, write_json
+from protoseg.tasks.files import counted, refuse_unwritable, write_json
 from protoseg.tasks.saved import choose_device, model_folder, recorded, recorded_evaluation, settings_of
 
 
@@ -44,16 +45,19 @@ def evaluate(
         is a class that occurs nowhere.
 
     Raises:
-        UserError: no model there, no data settings, other classes than the model's.
+        UserError: no model there, no data settings, other classes than the model's, `out` cannot be written.
         DataError: a file of the split that cannot be used.
     """
     folder = model_folder(model)
     segmenter, meta = saving.load(folder)
     data = data or recorded_data(folder)
     evaluation = evaluation or recorded_evaluation(folder, meta)
+    windows.check(evaluation)
     source = catalog.find(data, getattr(data, f"{split}_split", split) or split)
     check_classes(folder, meta["names"], source.labels.names)
     _check_labelled(source)
+    report_file = Path(out) if out else folder / f"evaluation-{source.split}.json"
+    refuse_unwritable(report_file)
 
     dataset = SegmentationDataset(source, transforms.evaluation(data))
     batches = loading.evaluation_loader(dataset, workers=data.workers)
@@ -78,7 +82,7 @@ def evaluate(
         "parameters": count_parameters(segmenter),
         **summary(scores, tuple(meta["names"])),
     }
-    written = write_json(Path(out) if out else folder / f"evaluation-{source.split}.json", report)
+    written = write_json(report_file, report)
     print(written.read_text(encoding="utf-8") if json else f"{table(report)}\nwritten: {written}")
     return report
 

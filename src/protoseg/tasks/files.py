@@ -41,6 +41,21 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     return path
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Find out before the work, and without leaving anything behind, that its result could not be written.
+
+    Raises:
+        UserError: `path` is a folder, or the nearest folder above it that exists cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be written ({fault}); choose another folder") from fault
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

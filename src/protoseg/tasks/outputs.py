@@ -61,7 +61,7 @@ def plan(images: Sequence[str | Path], out: Path) -> list[tuple[Path, Target]]:
                 raise UserError(f"{given}: nothing matches; quote the pattern, and ** reaches into folders")
             alone += matches
         else:
-            raise UserError(f"{given}: no such file or folder")
+            raise UserError(f"{given}: no such file or folder; check the path")
     if alone:
         common = os.path.commonpath([p.absolute().parent for p in alone])
         found = {p: p.absolute().relative_to(common) for p in alone} | found

@@ -29,6 +29,7 @@ from protoseg.config import Data, DataError, Evaluation, UserError
 from protoseg.data.images import read_image
 from protoseg.data.labels import known_classes
 from protoseg.data.transforms import resize_image
+from protoseg.engine import windows
 from protoseg.engine.drawing import default_palette, index_image, overlay
 from protoseg.engine.windows import segment_labels
 from protoseg.models import saving
@@ -141,11 +142,13 @@ def load(folder: str | Path, *, device: str = "auto", evaluation: Evaluation | N
         evaluation: whole image or windows; default: as the model was validated.
 
     Raises:
-        UserError: no whole model there, or no such device.
+        UserError: no whole model there, no such device, or evaluation settings that cannot be.
     """
     path = model_folder(folder)
     segmenter, meta = saving.load(path)
-    return Predictor(segmenter, meta, evaluation or recorded_evaluation(path, meta), choose_device(device))
+    evaluation = evaluation or recorded_evaluation(path, meta)
+    windows.check(evaluation)
+    return Predictor(segmenter, meta, evaluation, choose_device(device))
 
 
 def affordable(evaluation: Evaluation, num_classes: int, size: tuple[int, int]) -> Evaluation:
@@ -197,7 +200,8 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.failed else 0
+        """3, data refused, if an image failed."""
+        return 3 if self.failed else 0
 
 
 def predict(
@@ -235,7 +239,6 @@ def predict(
     predictor = load(model, device=device, evaluation=evaluation)
     encode = submission_encoder(submission_format, predictor.names)
     made_from = fingerprint(model_folder(model), predictor.evaluation, submission_format, exif)
-    write_json(Path(out) / "legend.json", legend(predictor, submission_format, encode))
 
     written, skipped, failed = [], [], []
     for source, target in counted(jobs, len(jobs), "predicting"):
@@ -248,6 +251,8 @@ def predict(
         except DataError as fault:
             failed.append((source, str(fault)))
             continue
+        if not written:
+            write_json(Path(out) / "legend.json", legend(predictor, submission_format, encode))
         if overlay:
             write_whole(target.overlay, partial(result.overlay().save, format="PNG"))
         if result.confidence is not None:

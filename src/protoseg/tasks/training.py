@@ -43,7 +43,7 @@ from protoseg.config import Data, Recipe, UserError
 from protoseg.data import catalog, loading, transforms
 from protoseg.data.catalog import Source
 from protoseg.data.dataset import SegmentationDataset
-from protoseg.engine import optim
+from protoseg.engine import optim, windows
 from protoseg.engine.averaging import WeightAverage
 from protoseg.engine.checkpoints import (
     AtomicFiles,
@@ -104,9 +104,7 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
     segmenter = build(recipe.model, recipe.head, training.labels.num_classes, training.labels.ignore_index)
     module = SegmentationModule(segmenter, recipe.optim, recipe.steps, seed=recipe.seed, evaluation=recipe.evaluation)
     loader = training_batches(recipe, training, machine)
-    if (
-        machine.rank == 0
-    ):  # all that the user can have got wrong has been read by now: nothing half-written is left behind
+    if machine.rank == 0:  # all settings have been checked by now: nothing half-written is left behind
         start_folder(recipe, run, machine, training, validation)
 
     meta = {**describe(training, recipe.data), "evaluation": dataclasses.asdict(recipe.evaluation)}
@@ -240,6 +238,7 @@ def check(recipe: Recipe) -> None:
         if getattr(recipe, name) < 0:
             raise UserError(f"{name} must not be negative, given {getattr(recipe, name)}")
     optim.check(recipe.optim)
+    windows.check(recipe.evaluation)
     if not 0 <= recipe.ema < 1:
         raise UserError(f"ema is the decay of a moving average and must lie in [0, 1), given {recipe.ema}")
     if recipe.data.workers < 0:
@@ -279,6 +278,10 @@ def _holds(run: Path) -> bool:
     return run.is_dir() and any(path.name != LOCK for path in run.iterdir())
 
 
+def _begun(run: Path) -> bool:
+    return any((run / name).exists() for name in (LAST, "metrics.csv", "best", "final"))
+
+
 LOCK = ".lock"
 
 
@@ -302,11 +305,16 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as fault:
             raise UserError(f"{run}: another training is running in this folder; choose another with --out") from fault
+        refused = False
         try:
             yield
+        except UserError:
+            refused = True
+            raise
         finally:
             (run / LOCK).unlink(missing_ok=True)
-            if made and not _holds(run):  # refused before anything was written
+            # refused before anything was written, or by a picture before anything was learned worth a second look
+            if made and (not _holds(run) or (refused and not _begun(run))):
                 shutil.rmtree(run, ignore_errors=True)
 
 
