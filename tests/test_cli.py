@@ -209,11 +209,19 @@ def test_data_is_refused_with_3(tmp_path):
 
 
 def test_every_setting_has_a_help_text():
-    for section in (Data, Model, Optim, Evaluation, Recipe):
+    for section in (Data, Model, Head, Optim, Evaluation, Recipe):
         helps = argument_help(section)
         sections = {"data", "model", "head", "optim", "evaluation"}
         assert set(section.__dataclass_fields__) - sections <= set(helps)
     assert argument_help(Evaluation)["stride"] == argument_help(Evaluation)["window"]
+
+
+@pytest.mark.parametrize(("verb", "text"), [("predict", "folder to write to"), ("evaluate", "the JSON file")])
+def test_an_option_of_a_verb_keeps_its_own_help_text(verb, text, capsys):
+    assert code_of(verb, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"--out OUT {text}" in shown
+    assert "the run folder. An existing run" not in shown
 
 
 def test_evaluate_takes_the_settings_of_the_run_and_the_users_on_top(tmp_path):

@@ -106,6 +106,21 @@ def test_nothing_is_written_when_something_is_wrong(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_can_be_known_before_the_work_is_refused_before_it(run, tmp_path, monkeypatch):
+    def worked(*_, **__):
+        raise AssertionError("measured first")
+
+    monkeypatch.setattr("protoseg.tasks.evaluation.score", worked)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/report\.json: cannot be written"):
+        evaluate(run, out=tmp_path / "file" / "report.json")
+    with pytest.raises(UserError, match="is a folder"):
+        evaluate(run, out=tmp_path)
+    with pytest.raises(UserError, match=r"evaluation\.scales"):
+        evaluate(run, evaluation=Evaluation(scales=()), out=tmp_path / "new" / "report.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_parametric_head_reports_no_prototypes(tmp_path, capsys):
     folder = save_small(tmp_path / "model", kind="softmax_projected")
     assert evaluate(folder, data=SMALL)["prototypes"] == {}

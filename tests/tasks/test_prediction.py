@@ -135,11 +135,19 @@ def test_a_folder_becomes_labels_overlays_and_a_legend(model, photos, tmp_path, 
 def test_a_bad_image_is_named_and_the_others_are_done(model, photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photo")
     outcome = predict(model, [str(photos)], tmp_path / "out")
-    assert outcome.exit_code == 1
+    assert outcome.exit_code == 3
     assert len(outcome.written) == 3
     error = capsys.readouterr().err
     assert "1 of 4 images failed" in error
     assert "broken.jpg" in error
+
+
+def test_nothing_is_written_where_no_image_can_be_read(model, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"not a photo")
+    assert predict(model, [tmp_path / "broken.jpg"], tmp_path / "out").exit_code == 3
+    with pytest.raises(UserError, match=r"evaluation\.scales"):
+        predict(model, [tmp_path / "broken.jpg"], tmp_path / "out", evaluation=Evaluation(scales=()))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("stop", range(1, 12))
@@ -181,7 +189,7 @@ def test_other_peoples_files_and_other_models_results_are_never_overwritten(mode
     Image.new("L", (3, 3)).save(out / "labels" / "a.png")
     mine = (out / "labels" / "a.png").read_bytes()
     for overwrite in (False, True):
-        assert predict(model, [photos], out, overwrite=overwrite).exit_code == 1
+        assert predict(model, [photos], out, overwrite=overwrite).exit_code == 3
         assert (out / "labels" / "a.png").read_bytes() == mine
     assert "is no prediction" in capsys.readouterr().err
     (out / "labels" / "a.png").unlink()
@@ -197,7 +205,7 @@ def test_a_changed_picture_is_not_taken_for_done(model, photos, tmp_path):
     out = tmp_path / "out"
     predict(model, [photos / "a.png"], out)
     Image.new("RGB", (9, 9)).save(photos / "a.png")
-    assert predict(model, [photos / "a.png"], out).exit_code == 1
+    assert predict(model, [photos / "a.png"], out).exit_code == 3
     predict(model, [photos / "a.png"], out, overwrite=True)
     assert read(out / "labels" / "a.png").shape == (9, 9)
 

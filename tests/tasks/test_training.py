@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from protoseg.config import Data, DataError, Head, Model, Optim, Recipe, UserError
+from protoseg.config import Data, DataError, Evaluation, Head, Model, Optim, Recipe, UserError
 from protoseg.models import saving
 from protoseg.tasks import training
 from protoseg.tasks.training import Machine, Stream, train
@@ -358,6 +358,8 @@ def test_a_broken_checkpoint_is_named(tmp_path):
         ({"precision": "16-mixed"}, "16-mixed needs a GPU"),
         ({"resume": "nowhere.ckpt"}, "nowhere.ckpt: no such checkpoint"),
         ({"optim": Optim(lr=-1.0)}, "optim.lr"),
+        ({"evaluation": Evaluation(scales=())}, "evaluation.scales"),
+        ({"evaluation": Evaluation(mode="slide", stride=(0, 9))}, "evaluation.stride"),
         ({"batch_size": 40}, "do not fill one global batch"),
         ({"model": Model(network="tiny", weights="nowhere.safetensors")}, "nowhere.safetensors"),
         ({"data": Data(name="folder", root="/nowhere")}, "nowhere"),
@@ -377,6 +379,18 @@ def test_a_mask_that_cannot_be_read_ends_the_run_as_a_data_error(tmp_path, monke
     monkeypatch.setattr("protoseg.data.dataset.read", broken)
     with pytest.raises(DataError, match=r"picture\.png"):
         train(small(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()  # the same command works once the picture is mended
+
+
+def test_a_fault_in_the_middle_of_a_run_keeps_what_was_measured(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise DataError("picture.png: truncated")
+
+    monkeypatch.setattr("protoseg.engine.module.score", broken)
+    with pytest.raises(DataError, match=r"picture\.png"):
+        train(small(tmp_path / "run"))
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+    assert last(tmp_path / "run")["global_step"] > 0
 
 
 def test_a_full_disk_names_the_path_and_keeps_the_old_checkpoint(tmp_path, monkeypatch):

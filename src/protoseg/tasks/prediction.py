@@ -240,7 +240,9 @@ def predict(
     encode = submission_encoder(submission_format, predictor.names)
     made_from = fingerprint(model_folder(model), predictor.evaluation, submission_format, exif)
 
-    written, skipped, failed = [], [], []
+    written: list[Path] = []
+    skipped: list[Path] = []
+    failed: list[tuple[Path, str]] = []
     for source, target in counted(jobs, len(jobs), "predicting"):
         try:
             origin = f"{made_from}-{file_key(source)}"
