@@ -393,6 +393,12 @@ def test_a_fault_in_the_middle_of_a_run_keeps_what_was_measured(tmp_path, monkey
     assert last(tmp_path / "run")["global_step"] > 0
 
 
+def test_a_run_that_diverges_at_once_keeps_its_folder_to_look_into(tmp_path):
+    with pytest.raises(UserError, match="no finite loss"):
+        train(small(tmp_path / "run", optim=Optim(lr=1e30), steps=20, checkpoint_every=0, val_every=0, log_every=100))
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
 def test_a_full_disk_names_the_path_and_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     recipe = small(tmp_path / "run")
     save = torch.save

@@ -55,8 +55,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:  # torch raises a dozen unrelated types for files that are broken or not its own
-        reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason}); resume from another one") from fault
+        # torch's messages run on with advice about pickles and other people's mistakes
+        reason = str(fault).strip().splitlines()[0].split(". ")[0] if str(fault).strip() else type(fault).__name__
+        raise UserError(
+            f"{path}: not a readable checkpoint ({reason}); resume from another one, or start a new run with --out"
+        ) from fault
     if not isinstance(content, dict) or not {"state_dict", "loops", "global_step"} <= set(content):
         raise UserError(f"{path}: not a checkpoint of a training run; a model folder is for evaluate and predict")
     return content

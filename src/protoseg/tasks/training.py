@@ -39,7 +39,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from protoseg.config import Data, Recipe, UserError
+from protoseg.config import Data, DataError, Recipe, UserError
 from protoseg.data import catalog, loading, transforms
 from protoseg.data.catalog import Source
 from protoseg.data.dataset import SegmentationDataset
@@ -308,7 +308,7 @@ def locked(run: Path) -> Iterator[None]:
         refused = False
         try:
             yield
-        except UserError:
+        except DataError:
             refused = True
             raise
         finally:
