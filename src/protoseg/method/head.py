@@ -14,6 +14,7 @@ from protoseg import kernels
 from protoseg.method import clustering, ranks
 from protoseg.method.losses import (
     Losses,
+    check_labels,
     labelled_count,
     labelled_mass,
     pixel_prototype_contrast,
@@ -238,7 +239,7 @@ class PrototypeHead(nn.Module):
             ValueError: labels of the wrong shape or type or, checked on the CPU only, out of range.
         """
         B, _, h, w = features.shape
-        self._check(features, labels)
+        check_labels(labels, len(features), self.num_classes, self.ignore_index)
         raw = self._embed(features)  # N D
         classes = self._classes(labels, (h, w))  # N
         with torch.autocast(features.device.type, enabled=False):
@@ -348,7 +349,7 @@ class PrototypeHead(nn.Module):
         counts = counts if self.across_ranks == "exact" else ranks.total(counts)  # the log is one for all ranks
         self._note_usage(counts.view(C, K).to(self.usage.dtype))
         if self.reseed_after is not None:
-            self._reseed(embedding, moving, broken)
+            self._reseed(embedding, moving, broken, self.reseed_after)
 
     def distinctness(self) -> dict[str, float]:
         """How far the prototypes are from the collapse to one per class.
@@ -359,21 +360,6 @@ class PrototypeHead(nn.Module):
         """
         used = (self.usage >= DEAD_SHARE / self.num_prototypes).float().mean()
         return {"pairwise_cosine": float(pairwise_cosine(self.prototypes.float()).mean()), "used": float(used)}
-
-    def _check(self, features: Tensor, labels: Tensor) -> None:
-        if labels.dim() != 3 or labels.shape[0] != features.shape[0]:
-            raise ValueError(
-                f"labels must be (B, H, W) with B = {features.shape[0]} as in the features, given {tuple(labels.shape)}"
-            )
-        if labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64, given {labels.dtype}; call labels.long()")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would stop the device
-            bad = labels[((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)]
-            if bad.numel():
-                raise ValueError(
-                    f"labels hold {int(bad[0])} ({bad.numel()} pixels out of range), but the head has "
-                    f"{self.num_classes} classes; set num_classes or ignore_index (now {self.ignore_index})"
-                )
 
     def _classes(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, H, W) labels -> (N,) class at feature size, -1 where void. float64 holds any label exactly."""
@@ -415,7 +401,7 @@ class PrototypeHead(nn.Module):
         idle = torch.where(self.usage < DEAD_SHARE / self.num_prototypes, self.idle + 1, 0)
         self.idle.copy_(torch.where(present, idle, self.idle))
 
-    def _reseed(self, embedding: Tensor, moving: Tensor, broken: Tensor) -> None:
+    def _reseed(self, embedding: Tensor, moving: Tensor, broken: Tensor, after: int) -> None:
         """Set at most one dead prototype of each class on the pixel that the others serve worst."""
         C, K = self.num_classes, self.num_prototypes
         classes = torch.where(moving < 0, -1, moving // K)
@@ -423,14 +409,13 @@ class PrototypeHead(nn.Module):
         near = kernels.row_products(embedding, flat, moving.clamp(min=0))  # N
         vectors, found = least_like_their_own(embedding, near, classes, C)
         worst = self.idle.argmax(1, keepdim=True)  # C 1
-        dead = self.idle.gather(1, worst) >= float(self.reseed_after or math.inf)
+        dead = self.idle.gather(1, worst) >= after
         chosen = torch.zeros_like(self.idle, dtype=torch.bool).scatter_(1, worst, dead & found[:, None] & ~broken)
-        first = starting_weight("data", self.momentum, self.momentum_rule)
         index = worst[..., None].expand(-1, 1, self.prototypes.shape[2])  # C 1 D, the only rows that may change
         seeded = chosen.any(1)[:, None, None]
         rows = torch.where(seeded, unit(vectors)[:, None].to(self.prototypes.dtype), self.prototypes.gather(1, index))
         self.prototypes.scatter_(1, index, rows)
-        self.weight.copy_(torch.where(chosen, max(first, 1.0), self.weight))
+        self.weight.copy_(torch.where(chosen, 1.0, self.weight))
         self.length.copy_(torch.where(chosen, 1.0, self.length))
         self.usage.copy_(torch.where(chosen, 1 / K, self.usage))
         self.idle.copy_(torch.where(chosen, 0, self.idle))

@@ -46,6 +46,27 @@ class Losses:
         return cls(total=ce, ce=ce, ppc=zero, ppd=zero, parts={"ce": ce.detach(), "loss": ce.detach()})
 
 
+def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int) -> None:
+    """Refuse labels no loss can be taken of.
+
+    Raises:
+        ValueError: they are not (batch, H, W) int64 or, checked on the CPU only, out of range.
+    """
+    if labels.dim() != 3 or labels.shape[0] != batch:
+        raise ValueError(
+            f"labels must be ({batch}, H, W): (B, H, W) with B = {batch} as the features, given {tuple(labels.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, given {labels.dtype}; call labels.long()")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would stop the device
+        bad = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
+        if bad.numel():
+            raise ValueError(
+                f"labels hold {int(bad[0])} ({bad.numel()} pixels out of range), but the head has "
+                f"{num_classes} classes; set num_classes or ignore_index (now {ignore_index})"
+            )
+
+
 def ranks_share(total: Reduction) -> float:
     """What a rank's sum is multiplied by before data-parallel training averages over ranks."""
     return 1.0 if total is not ranks.total else float(ranks.world_size())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.method.head import Projection, build_projection
-from protoseg.method.losses import Losses, segmentation_cross_entropy
+from protoseg.method.losses import Losses, check_labels, segmentation_cross_entropy
 
 
 class SoftmaxHead(nn.Module):
@@ -67,17 +67,7 @@ class SoftmaxHead(nn.Module):
         Raises:
             ValueError: labels of the wrong shape or type or, checked on the CPU only, out of range.
         """
-        if labels.dim() != 3 or labels.shape[0] != features.shape[0] or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels must be ({features.shape[0]}, H, W) int64, given {tuple(labels.shape)} {labels.dtype}"
-            )
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would stop the device
-            bad = labels[((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)]
-            if bad.numel():
-                raise ValueError(
-                    f"labels hold {int(bad[0])} ({bad.numel()} pixels out of range), but the head has "
-                    f"{self.num_classes} classes; set num_classes or ignore_index (now {self.ignore_index})"
-                )
+        check_labels(labels, len(features), self.num_classes, self.ignore_index)
         ce = segmentation_cross_entropy(
             self(features),
             labels,
