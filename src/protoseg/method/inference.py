@@ -1,0 +1,339 @@
+"""A trained `PrototypeHead` made ready to answer: the same scores and labels for less work, nothing left to learn.
+
+What is exact, and when it is done (M: arithmetic of a pixel):
+
+* Projection, length and products go band by band through the cache; the embedding is never whole. The length divides
+  the C class maxima, not the D channels.
+* **Thinning**: behind a last linear layer of H inputs the embedding lies in H + 1 dimensions at most. Where D is more,
+  layer and prototypes are turned into them (QR); all cosines stay. M falls from D (H + CK) to (H + 1) (H + CK).
+* **Folding**: p . (W x + b) = (W^T p) . x + p . b. The arg-max over classes does not change with the length of the
+  embedding, so labels need no embedding: M is H CK instead of D (H + CK), and the rule takes the smaller. Scores need
+  the length, for which the embedding has to be made anyway; there, thinning gets all that is to be had.
+  Through a bilinear resize the lengths count, as they weigh neighbours against each other: they are made for the pixels
+  along the borders of classes alone.
+* A norm of the features over channels, of rows (`projection_norm="width"`) or of the scores over classes stands between
+  and forbids folding; such heads take the rest.
+
+Pruning leaves out prototypes that training left idle, bfloat16 and int8 round: these may change labels, so the share of
+labels kept on features one gives is measured and must be as large as one asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoseg.kernels import inference as kernel
+from protoseg.kernels.inference import Precision
+from protoseg.method.head import DEAD_SHARE, PromotedLayerNorm, PrototypeHead
+from protoseg.method.similarity import unit
+
+BORDER = 0.25  # share of the pixels that lie at a border of classes, for the rule of folding: a guess on the high side
+
+
+def freeze(
+    head: PrototypeHead,
+    *,
+    prune: bool = False,
+    precision: Precision = "full",
+    calibration: Tensor | Sequence[Tensor] | None = None,
+    agreement: float = 0.999,
+) -> FrozenHead:
+    """The inference form of a head: a copy, in eval mode, that later training of `head` does not change.
+
+        fast = freeze(head, precision="int8", calibration=features)
+        fast(features)                    # (B, C, h, w) scores, as head(features)
+        fast.labels(features, (H, W))     # (B, H, W) their arg-max after the bilinear resize
+
+    Args:
+        head: a trained head.
+        prune: leave out prototypes that hold less than a tenth of an equal share of their class in the moving average
+            of training (`usage`); a class keeps at least its most used one.
+        precision: of the products with the prototypes: `full`, `bf16`, or `int8` with a scale for each prototype and
+            each pixel. Everything before and after stays in full precision.
+        calibration: (B, D', h, w) features of real images, or several such; must be given for `bf16` and `int8`.
+        agreement: the least share of the calibration pixels whose label is the head's own.
+
+    Raises:
+        ValueError: fewer labels kept than `agreement`, says how many; precision without calibration; an unknown
+            precision, or one this machine cannot compute in.
+    """
+    if precision not in ("full", "bf16", "int8"):
+        raise ValueError(f'precision must be "full", "bf16" or "int8", given {precision!r}')
+    device = head.prototypes.device
+    if precision != "full" and calibration is None:
+        raise ValueError(
+            f'precision="{precision}" rounds, and must show on calibration features that labels stay: '
+            "give the head's input on some real images, e.g. calibration=segmenter.features(images)"
+        )
+    if precision == "int8" and (reason := kernel.int8_reason(device.type)):
+        raise ValueError(f'precision="int8" does not work on {device.type} here ({reason}); use "bf16" or "full"')
+    frozen = FrozenHead(head, prune=prune, precision=precision)
+    if calibration is not None:
+        batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+        frozen.agreement = label_agreement(head, frozen, batches)
+        if frozen.agreement < agreement:
+            changed = [f"precision {precision}"] * (precision != "full") + ["pruning"] * prune
+            raise ValueError(
+                f"{' and '.join(changed) or 'freezing'} keeps {frozen.agreement:.4%} of the labels of the calibration "
+                f"features, less than the {agreement:.4%} asked for; "
+                'take a finer precision ("full" keeps all), leave prune off, or lower agreement'
+            )
+    return frozen
+
+
+@torch.no_grad()
+def label_agreement(head: nn.Module, other: FrozenHead, batches: Sequence[Tensor]) -> float:
+    """Share of the pixels of (B, D', h, w) features to which `other` gives the label of highest score of `head`."""
+    same = pixels = 0
+    for features in batches:
+        expected = head(features).argmax(1)
+        same += int((other.labels(features) == expected).sum())
+        pixels += expected.numel()
+    if not pixels:
+        raise ValueError("calibration holds no pixel; give (B, D', h, w) features of some real images")
+    return same / pixels
+
+
+def bilinear_labels(
+    scores: Tensor, size: tuple[int, int], *, align_corners: bool = False, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Arg-max over classes of (B, C, h, w) scores resized to `size`, without the resized table.
+
+    Away from ties it is `F.interpolate(scores, size, mode="bilinear").argmax(1)`; see `kernels.inference.resized_labels`.
+
+    Returns:
+        (B, H, W).
+    """
+    B, C, h, w = scores.shape
+    rows = scores.permute(0, 2, 3, 1).reshape(-1, C)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+    return kernel.resized_labels(rows, (B, h, w), size, align_corners, dtype=dtype)
+
+
+class Prototypes(nn.Module):
+    """The kept prototypes in one precision, classes with equally many of them side by side.
+
+    Args:
+        vectors: (C, K, D), of any length. bias: (C, K) to be added to the products, or None.
+        kept: (C, K) bool, at least one a class.
+    """
+
+    vectors: Tensor
+    step: Tensor | None
+    bias: Tensor | None
+    ids: Tensor | None
+
+    def __init__(self, vectors: Tensor, bias: Tensor | None, kept: Tensor, precision: Precision, dtype: torch.dtype):
+        super().__init__()
+        counts = kept.sum(1)  # C
+        order = torch.argsort(counts, stable=True)  # classes, those with fewest prototypes first
+        rows = vectors[order][kept[order]]  # P D
+        self.num_classes = len(vectors)
+        sizes, classes = counts.unique(return_counts=True)
+        self.groups = list(zip(classes.tolist(), sizes.tolist()))  # how many classes, prototypes of each
+        self.register_buffer("ids", order if len(self.groups) > 1 else None)
+        self.register_buffer("bias", None if bias is None else bias[order][kept[order]][:, None].to(dtype))
+        step = None
+        if precision == "int8":
+            rows, step = kernel.quantize(rows)
+            step = step.to(dtype)
+        rows = rows.to({"full": dtype, "bf16": torch.bfloat16, "int8": torch.int8}[precision])
+        self.register_buffer("vectors", rows.contiguous())
+        self.register_buffer("step", step)
+
+    def table(self) -> kernel.Table:
+        """What the kernel takes."""
+        groups, start = [], 0
+        for classes, k in self.groups:
+            groups.append((None if self.ids is None else self.ids[start : start + classes], classes, k))
+            start += classes
+        return kernel.Table(self.vectors, self.step, self.bias, tuple(groups), self.num_classes)
+
+
+class FrozenHead(nn.Module):
+    """Made by `freeze`. Keeps the head's contract as far as answers go: `head(features)`, `num_classes`, ...
+
+    Attributes:
+        precision: of the products.
+        kept: how many prototypes are left. folded, thinned: what was done to the last layer (see the module).
+        agreement: share of the calibration labels kept, or None where none were given.
+    """
+
+    log_scale: Tensor
+
+    def __init__(self, head: PrototypeHead, *, prune: bool = False, precision: Precision = "full"):
+        super().__init__()
+        self.num_classes, self.in_channels = head.num_classes, head.in_channels
+        self.ignore_index, self.align_corners = head.ignore_index, head.align_corners
+        self.projection_norm, self.precision = head.projection_norm, precision
+        self.agreement: float | None = None
+        dtype = torch.promote_types(head.prototypes.dtype, torch.float32)
+        kept = used_prototypes(head.usage) if prune else torch.ones_like(head.usage, dtype=torch.bool)
+        self.kept = int(kept.sum())
+        self.feature_norm = _copied(head.feature_norm, dtype)
+        self.score_norm = _copied(head.score_norm, dtype)
+        self.register_buffer("log_scale", head.log_scale.detach().clone())
+
+        convolutions = [m for m in head.projection.modules() if isinstance(m, nn.Conv2d)]
+        layers = [(_weight(m).double(), _bias(m).double()) for m in convolutions]
+        vectors = head.prototypes.detach().double()  # C K D
+        straight = self.projection_norm == "channel" and self.feature_norm is None and bool(layers)
+        D, hidden = head.embed_dim, head.in_channels
+        self.thinned = straight and hidden + 1 < D
+        if self.thinned:
+            q, r = torch.linalg.qr(torch.cat([layers[-1][0], layers[-1][1][:, None]], 1))  # D (H+1), (H+1) (H+1)
+            layers[-1], vectors = (r[:, :-1], r[:, -1]), vectors @ q
+        self.layers = nn.ModuleList(_linear(weight, bias, dtype) for weight, bias in layers)
+        self.prototypes = Prototypes(vectors, None, kept, precision, dtype)
+        self.folded: Prototypes | None = None
+        r = vectors.shape[2]
+        made = BORDER * (hidden * hidden * (len(layers) - 1) + hidden * r)  # again, of lengths at borders
+        if straight and self.score_norm is None and self.kept * hidden + made < r * (hidden + self.kept):
+            weight, bias = layers[-1]
+            self.folded = Prototypes(vectors @ weight, vectors @ bias, kept, precision, dtype)
+        self.requires_grad_(False)
+        self.eval()
+
+    def extra_repr(self) -> str:
+        done = [name for name in ("thinned", "folded") if getattr(self, name)]
+        return f"num_classes={self.num_classes}, kept={self.kept}, precision={self.precision}, {', '.join(done)}"
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D', h, w) features -> (B, C, h, w) class scores, in fp32 at least."""
+        B, _, h, w = features.shape
+        features, scores = self._prepared(features), None
+        with torch.autocast(features.device.type, enabled=False):
+            table = self.prototypes.table()
+            for start, raw in self._embeddings(features):
+                best = kernel.class_maxima(raw, table)  # C n
+                best *= self.log_scale.exp().to(raw.dtype) / _length(raw)
+                if scores is None:
+                    scores = best.new_empty(self.num_classes, B * h * w)
+                scores[:, start : start + len(raw)] = best if self.score_norm is None else self.score_norm(best.T).T
+        if scores is None:
+            return features.new_empty(B, self.num_classes, h, w)
+        return scores.view(-1, B, h, w).transpose(0, 1)
+
+    @torch.no_grad()
+    def labels(
+        self, features: Tensor, size: tuple[int, int] | None = None, *, dtype: torch.dtype = torch.int64
+    ) -> Tensor:
+        """The class of highest score at every pixel: the arg-max of `forward` after the bilinear resize to `size`.
+
+        Args:
+            features: (B, D', h, w).
+            size: (H, W); that of the features if not given.
+            dtype: of the labels.
+
+        Returns:
+            (B, H, W).
+        """
+        B, _, h, w = features.shape
+        size = (h, w) if size is None else size
+        features = self._prepared(features)
+        N = B * h * w
+        with torch.autocast(features.device.type, enabled=False):
+            folded, weighed = self.folded is not None, size != (h, w)
+            table = (self.folded or self.prototypes).table()
+            rows: Tensor | None = None
+            factor: Tensor | None = None  # one over the length, NaN where not yet known
+            for start, raw in self._embeddings(features, hidden=folded):
+                best = kernel.class_maxima(raw, table)  # C n, times the length
+                if rows is None:
+                    rows = best.new_empty(N, self.num_classes)
+                    factor = best.new_full((N,), torch.nan) if weighed else None
+                part = slice(start, start + len(raw))
+                if self.score_norm is not None:
+                    rows[part] = self.score_norm((best * (self.log_scale.exp().to(raw.dtype) / _length(raw))).T)
+                    continue
+                rows[part] = best.T
+                if factor is not None and not folded:
+                    factor[part] = _length(raw).reciprocal_()
+            if rows is None:
+                return torch.empty(B, *size, dtype=dtype, device=features.device)
+
+            def weigh(index: Tensor) -> Tensor:
+                assert factor is not None
+                if folded:
+                    self._learn_lengths(features, index, factor)
+                return factor[index]
+
+            needs = None if self.score_norm is not None else weigh
+            return kernel.resized_labels(rows, (B, h, w), size, self.align_corners, weigh=needs, dtype=dtype)
+
+    def _prepared(self, features: Tensor) -> Tensor:
+        """Features in fp32 at least; those of a head with a norm along the width are projected here, whole."""
+        features = features.to(torch.promote_types(features.dtype, self.log_scale.dtype))
+        if self.projection_norm != "width":
+            return features
+        B, _, h, w = features.shape
+        projected: Tensor | None = None
+        for start, raw in self._projected(features, len(self.layers)):
+            if projected is None:
+                projected = raw.new_empty(B * h * w, raw.shape[1])
+            projected[start : start + len(raw)] = raw
+        return features if projected is None else unit(projected.view(B, h, w, -1).permute(0, 3, 1, 2), dim=-1)
+
+    def _embeddings(self, features: Tensor, hidden: bool = False) -> Any:
+        """(start, (n, D) embedding of any length) in bands; with `hidden` what goes into the last layer instead."""
+        depth = 0 if self.projection_norm == "width" else len(self.layers) - hidden
+        for start, raw in self._projected(features, depth):
+            if self.feature_norm is not None:
+                raw = self.feature_norm(unit(raw) if self.projection_norm == "channel" else raw)
+            yield start, raw
+
+    def _projected(self, features: Tensor, depth: int) -> Any:
+        for start, rows in kernel.bands(features, kernel.band_width(self.kept, features.device)):
+            yield start, self._through(rows, depth)
+
+    def _through(self, rows: Tensor, depth: int) -> Tensor:
+        for i, layer in enumerate(self.layers[:depth]):  # type: ignore[arg-type]
+            rows = kernel.linear(rows, layer.weight, layer.bias, relu=i + 1 < len(self.layers))
+        return rows
+
+    def _learn_lengths(self, features: Tensor, index: Tensor, factor: Tensor) -> None:
+        """Fill in `factor` at `index`: the embedding of these pixels alone is made."""
+        wanted = torch.zeros_like(factor, dtype=torch.bool)
+        wanted[index] = True
+        flat = features.flatten(2)  # B D' hw
+        for part in (wanted & factor.isnan()).nonzero()[:, 0].split(kernel.MOST):
+            rows = flat[part // flat.shape[2], :, part % flat.shape[2]]
+            factor[part] = _length(self._through(rows, len(self.layers))).reciprocal_()
+
+
+def used_prototypes(usage: Tensor) -> Tensor:
+    """(C, K) share of its class that a prototype holds -> bool, those worth keeping; at least one a class."""
+    most = torch.zeros_like(usage, dtype=torch.bool).scatter_(1, usage.argmax(1, keepdim=True), True)
+    return (usage >= DEAD_SHARE / usage.shape[1]) | most
+
+
+def _length(raw: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(raw, dim=1).clamp_min_(1e-12)  # as the unit length of Eq. (1)
+
+
+def _weight(convolution: nn.Conv2d) -> Tensor:
+    return convolution.weight.detach()[:, :, 0, 0]
+
+
+def _bias(convolution: nn.Conv2d) -> Tensor:
+    assert convolution.bias is not None
+    return convolution.bias.detach()
+
+
+def _linear(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=dtype)
+    layer.weight, layer.bias = nn.Parameter(weight.to(dtype).contiguous()), nn.Parameter(bias.to(dtype))
+    return layer
+
+
+def _copied(norm: nn.LayerNorm | None, dtype: torch.dtype) -> PromotedLayerNorm | None:
+    if norm is None:
+        return None
+    copy = PromotedLayerNorm(norm.normalized_shape, eps=norm.eps).to(norm.weight.device, dtype)
+    copy.load_state_dict(norm.state_dict())
+    return copy
