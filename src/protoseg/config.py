@@ -6,8 +6,8 @@ Names are `Literal`s that equal the keys of the tables they choose from (`tests/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 DatasetName = Literal[
     "folder", "camvid", "ade20k", "cityscapes", "coco_stuff_10k", "coco_stuff_164k", "voc", "synthetic"
@@ -40,6 +40,7 @@ DecoderName = Literal[
 ]
 HeadName = Literal["prototype", "softmax", "softmax_projected", "cosine"]
 PresetName = Literal["default", "reference", "reference_fixed"]
+MetricName = Literal["miou", "pixel_accuracy", "mean_accuracy", "boundary_miou", "calibration_error"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Head:
         embed_dim: D, channels the prototypes live in; default 256, of `reference` as many as the decoder gives.
         projection: layers between decoder and prototypes.
         class_weights: one weight per class of the cross-entropy; protoseg data stats prints some.
+        distance: how near a pixel is to a prototype.
         start: where prototypes begin; `data`: at the first pixels of their class.
         momentum: mu of the moving average of Eq. (8).
         momentum_rule: how mu follows the number of steps and pixels.
@@ -150,10 +152,11 @@ class Head:
     embed_dim: int | None = None
     projection: Literal["mlp", "linear", "none"] = "mlp"
     class_weights: tuple[float, ...] | None = None
+    distance: Literal["cosine", "euclidean", "huber"] | None = None
     start: Literal["random", "data", "truncated_normal"] | None = None
     momentum: float | None = None
     momentum_rule: Literal["constant", "bias_corrected", "count_aware"] | None = None
-    assignment: Literal["argmax", "nearest", "gumbel"] | None = None
+    assignment: Literal["argmax", "nearest", "kmeans", "gumbel"] | None = None
     update_from: Literal["all", "correct"] | None = None
     kappa: float | None = None
     sinkhorn_iterations: int | None = None
@@ -261,6 +264,37 @@ class Recipe:
     nodes: int = 1
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     deterministic: bool = True
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants of one recipe, each trained with the same seeds and compared seed by seed.
+
+    Args:
+        recipe: the YAML of the recipe that is varied; looked for beside the study's own file first.
+        overrides: settings of all runs by dotted name, such as `{data.limit: 100}`.
+        variants: name -> its settings by dotted name; `{}` is the recipe itself.
+        grid: dotted setting -> its values; every combination is one more variant.
+        baselines: variants that all others are compared with.
+        seeds: one run each of every variant.
+        evaluate: column -> split of the data set, or `test/NAME*` for the images of it whose names begin so.
+        metrics: what the report shows, the first one in its plot; results.json holds all of them.
+    """
+
+    recipe: str = ""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    baselines: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    evaluate: dict[str, str] = field(default_factory=lambda: {"test": "test"})
+    metrics: tuple[MetricName, ...] = (
+        "miou",
+        "pixel_accuracy",
+        "mean_accuracy",
+        "boundary_miou",
+        "calibration_error",
+    )
 
 
 class UserError(ValueError):

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from oracles.reference import unit as slow_unit
+from protoseg import PrototypeHead
 from protoseg.method import similarity
+from protoseg.method.similarity import HUBER_DELTA, measured, unit
 
 QUICK = settings(max_examples=20, deadline=None, derandomize=True)
 
@@ -90,3 +92,41 @@ def test_the_width_norm_of_the_release_divides_each_row_of_a_channel():
             for i in range(2):
                 row = features[b, d, i]
                 assert_close(rows[b, i, :, d], row / math.sqrt(sum(float(v) ** 2 for v in row)), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean", "huber"])
+def test_a_distance_orders_as_the_cosine_and_is_nothing_on_the_prototype(distance):
+    cosine = torch.linspace(-1, 1, 201, dtype=torch.float64, requires_grad=True)
+    similarity = measured(cosine, distance)
+    assert (similarity.diff() > 0).all()
+    assert similarity[-1].item() == pytest.approx(1, abs=2e-6)
+    (gradient,) = torch.autograd.grad(similarity.sum(), cosine)
+    assert gradient.isfinite().all()
+
+
+def test_the_distances_are_what_they_are_called():
+    torch.manual_seed(0)
+    x, p = unit(torch.randn(50, 7, dtype=torch.float64)), unit(torch.randn(50, 7, dtype=torch.float64))
+    cosine, chord = (x * p).sum(1), (x - p).norm(dim=1)
+    torch.testing.assert_close(1 - measured(cosine, "euclidean"), chord, atol=1e-12, rtol=0)
+    pseudo_huber = HUBER_DELTA * ((1 + (chord / HUBER_DELTA) ** 2).sqrt() - 1)
+    torch.testing.assert_close(1 - measured(cosine, "huber"), pseudo_huber, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "huber"])
+def test_a_head_predicts_with_and_without_gradient_alike_whatever_the_distance(distance):
+    torch.manual_seed(0)
+    head = PrototypeHead(8, 3, embed_dim=6, num_prototypes=4, distance=distance)
+    features, labels = torch.randn(2, 8, 5, 6), torch.randint(0, 3, (2, 10, 12))
+    with torch.no_grad():
+        fast = head(features)
+    torch.testing.assert_close(fast, head(features).detach(), atol=1e-5, rtol=0)
+    losses = head.losses(features, labels)
+    near = measured(
+        (head.embed(features) * head.prototypes.flatten(0, 1)[losses.assignment.flatten()]).sum(1), distance
+    )
+    torch.testing.assert_close(
+        losses.ppd, (1 - near).square().mean(), atol=1e-6, rtol=1e-5
+    )  # Eq. (6) with this distance
+    losses.total.backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters())

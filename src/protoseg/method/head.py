@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from protoseg import kernels
 from protoseg.method import clustering, ranks
+from protoseg.method.kmeans import kmeans_assignment
 from protoseg.method.losses import (
     Losses,
     check_labels,
@@ -34,10 +35,22 @@ from protoseg.method.prototypes import (
     starting_vectors,
     starting_weight,
 )
-from protoseg.method.similarity import class_similarity, cosine_similarity, embed, own_similarity, unit
+from protoseg.method.similarity import (
+    Distance,
+    class_similarity,
+    cosine_similarity,
+    embed,
+    measured,
+    own_similarity,
+    unit,
+)
 
 Projection = Literal["mlp", "linear", "none"]
-ASSIGNMENTS = {"argmax": clustering.balanced_assignment, "nearest": clustering.nearest_assignment}
+ASSIGNMENTS = {
+    "argmax": clustering.balanced_assignment,
+    "nearest": clustering.nearest_assignment,
+    "kmeans": kmeans_assignment,
+}
 USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
 CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
 DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
@@ -96,17 +109,20 @@ class PrototypeHead(nn.Module):
         class_weights: C numbers, weights of the cross-entropy.
         projection_norm: `channel`, or `width` (the reference's mistake).
         feature_norm: `none`, or `layer_norm` over the D channels before the unit length.
+        distance: `cosine`, `euclidean` or `huber`; see `similarity.measured`.
         score_norm: `none`, or `layer_norm` over the C classes (ties 2C learned numbers to the classes).
         score_scale: what a cosine is multiplied by to be a logit; `learn_scale` makes it the head's one learned number.
-        assignment: `argmax` of the transport plan, `nearest` prototype, `gumbel` (the reference's draw for the update,
-            argmax for the losses), or a function with the signature of `clustering.balanced_assignment`.
+        assignment: `argmax` of the transport plan, `nearest` prototype, `kmeans` inside the batch, `gumbel` (the
+            reference's draw for the update, argmax for the losses), or a function with the signature of
+            `clustering.balanced_assignment`.
         update_from: `all` labelled pixels, or only those classified `correct`ly.
         across_ranks: `exact`: sums and counts over all ranks, equal to one process with the whole batch; `average`:
             each rank clusters and moves by itself, then the prototypes are averaged (the reference).
         start: `random` near-orthogonal vectors; `data`: the first pixels of a prototype replace them;
             `truncated_normal`.
         momentum: mu of Eq. (8). momentum_rule, count_cap: see `prototypes.momentum_step`.
-        kappa, sinkhorn_iterations: of Eq. (4). small_classes: see `clustering.hard_assignment`.
+        kappa, sinkhorn_iterations: of Eq. (4); `kmeans` takes the iterations too. small_classes: see
+            `clustering.hard_assignment`.
         contrast_temperature: tau of Eq. (5). contrast_weight, distance_weight: lambda1, lambda2 of Eq. (7).
         contrast_siblings: whether the other prototypes of the own class are negatives of Eq. (5).
         reseed_after: steps a prototype may idle (less than a tenth of its share) while its class is seen, before it is
@@ -149,6 +165,7 @@ class PrototypeHead(nn.Module):
         self.embed_dim = embed_dim
         self.ignore_index = ignore_index
         self.projection_norm: Literal["channel", "width"] = settings["projection_norm"]
+        self.distance: Distance = settings["distance"]
         self.update_from: str = settings["update_from"]
         self.across_ranks: str = settings["across_ranks"]
         self.momentum: float = settings["momentum"]
@@ -207,8 +224,12 @@ class PrototypeHead(nn.Module):
             embedding = self.feature_norm(unit(embedding) if self.projection_norm == "channel" else embedding)
         return embedding
 
+    def _similarity(self, embedding: Tensor) -> Tensor:
+        """(N, D) unit embeddings -> (N, C*K) similarity with every prototype."""
+        return measured(cosine_similarity(embedding, self.prototypes), self.distance)
+
     def score(self, similarity: Tensor) -> Tensor:
-        """(N, C*K) cosines -> (N, C) class scores, the logits of Eq. (2)."""
+        """(N, C*K) similarities -> (N, C) class scores, the logits of Eq. (2)."""
         return self._score(class_similarity(similarity, self.num_classes))
 
     def _score(self, nearest: Tensor) -> Tensor:
@@ -221,9 +242,10 @@ class PrototypeHead(nn.Module):
         raw = self._embed(features)
         with torch.autocast(features.device.type, enabled=False):
             if kernels.class_cosines_apply():
-                scores = self._score(kernels.class_cosines(raw, self.prototypes.to(raw.dtype)))
+                cosines = kernels.class_cosines(raw, self.prototypes.to(raw.dtype))
+                scores = self._score(measured(cosines, self.distance))
             else:
-                scores = self.score(cosine_similarity(unit(raw), self.prototypes))
+                scores = self.score(self._similarity(unit(raw)))
         return scores.view(B, h, w, -1).permute(0, 3, 1, 2)
 
     def losses(self, features: Tensor, labels: Tensor, *, gumbel: Tensor | None = None) -> Losses:
@@ -243,13 +265,13 @@ class PrototypeHead(nn.Module):
         raw = self._embed(features)  # N D
         classes = self._classes(labels, (h, w))  # N
         with torch.autocast(features.device.type, enabled=False):
-            if kernels.one_pass_applies():
+            if kernels.one_pass_applies() and self.distance == "cosine":
                 return self._losses_in_one_pass(raw, labels, classes, (B, h, w), gumbel)
             embedding = unit(raw)
-            similarity = cosine_similarity(embedding, self.prototypes)  # N CK
+            similarity = self._similarity(embedding)  # N CK
             scores = self.score(similarity)  # N C
             own = own_similarity(similarity.detach(), classes, self.num_classes)  # N K
-            assignment, moving = self._assign(own, scores.detach().argmax(1), classes, gumbel)
+            assignment, moving = self._assign(own, scores.detach().argmax(1), classes, gumbel, raw)
             ce = segmentation_cross_entropy(
                 scores.view(B, h, w, -1).permute(0, 3, 1, 2),
                 labels,
@@ -301,7 +323,7 @@ class PrototypeHead(nn.Module):
             settings=settings,
         )
         total, ce, ppc, ppd, embedding, assignment, moving = kernels.one_pass(
-            batch, lambda own, predicted: self._assign(own, predicted, classes, gumbel)
+            batch, lambda own, predicted: self._assign(own, predicted, classes, gumbel, raw)
         )
         return self._bundle(total, ce, ppc, ppd, assignment.view(size), embedding, moving)
 
@@ -369,12 +391,13 @@ class PrototypeHead(nn.Module):
 
     @torch.no_grad()
     def _assign(
-        self, own: Tensor, predicted: Tensor | None, classes: Tensor, gumbel: Tensor | None
+        self, own: Tensor, predicted: Tensor | None, classes: Tensor, gumbel: Tensor | None, raw: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(N,) prototype each pixel was given for the losses, and the one it will move; -1 for none.
 
         Args:
-            own: (N, K) cosines with the own class. predicted: (N,) class of highest score; see `update_from`.
+            own: (N, K) similarities with the own class. predicted: (N,) class of highest score; see `update_from`.
+            raw: (N, D) embedding, of any length.
         """
         C, K = self.num_classes, self.num_prototypes
         sinkhorn: dict[str, Any] = {"kappa": self.kappa, "iterations": self.sinkhorn_iterations}
@@ -385,6 +408,11 @@ class PrototypeHead(nn.Module):
                 log_plan, own, classes, C, small_classes=self.small_classes, total=self._total
             )
             drawn = clustering.drawn_assignment(log_plan, gumbel)
+        elif self.assign is kmeans_assignment:
+            rounds = self.sinkhorn_iterations
+            drawn = index = kmeans_assignment(
+                unit(raw), self.prototypes, own, classes, iterations=rounds, total=self._total
+            )
         else:
             index = self.assign(own, classes, C, small_classes=self.small_classes, **sinkhorn, **reduction)
             drawn = index

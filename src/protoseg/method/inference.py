@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.kernels import inference as kernel
@@ -103,7 +102,7 @@ def bilinear_labels(
 ) -> Tensor:
     """Arg-max over classes of (B, C, h, w) scores resized to `size`, without the resized table.
 
-    Away from ties it is `F.interpolate(scores, size, mode="bilinear").argmax(1)`; see `kernels.inference.resized_labels`.
+    Away from ties it is `F.interpolate(scores, size, mode="bilinear").argmax(1)`; how, `kernels.inference` says.
 
     Returns:
         (B, H, W).
@@ -292,7 +291,8 @@ class FrozenHead(nn.Module):
             yield start, self._through(rows, depth)
 
     def _through(self, rows: Tensor, depth: int) -> Tensor:
-        for i, layer in enumerate(self.layers[:depth]):  # type: ignore[arg-type]
+        for i, layer in enumerate(self.layers[:depth]):
+            assert isinstance(layer, nn.Linear)
             rows = kernel.linear(rows, layer.weight, layer.bias, relu=i + 1 < len(self.layers))
         return rows
 

@@ -7,6 +7,7 @@ from typing import Any
 DEFAULT: dict[str, Any] = {
     "projection_norm": "channel",
     "feature_norm": "none",
+    "distance": "cosine",
     "score_norm": "none",
     "score_scale": 20.0,
     "learn_scale": True,
@@ -31,6 +32,7 @@ DEFAULT: dict[str, Any] = {
 REFERENCE: dict[str, Any] = {
     "projection_norm": "width",
     "feature_norm": "layer_norm",
+    "distance": "cosine",
     "score_norm": "layer_norm",
     "score_scale": 1.0,
     "learn_scale": False,
@@ -61,6 +63,7 @@ PRESETS = {"default": DEFAULT, "reference": REFERENCE, "reference_fixed": REFERE
 CHOICES: dict[str, tuple[Any, ...]] = {
     "projection_norm": ("channel", "width"),
     "feature_norm": ("none", "layer_norm"),
+    "distance": ("cosine", "euclidean", "huber"),
     "score_norm": ("none", "layer_norm"),
     "update_from": ("all", "correct"),
     "across_ranks": ("exact", "average"),
@@ -68,7 +71,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "momentum_rule": ("constant", "bias_corrected", "count_aware"),
     "label_sampling": ("nearest-exact", "nearest"),
     "small_classes": ("nearest", "plan"),
-    "assignment": ("argmax", "nearest", "gumbel"),
+    "assignment": ("argmax", "nearest", "kmeans", "gumbel"),
 }
 
 

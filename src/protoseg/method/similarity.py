@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Distance = Literal["cosine", "euclidean", "huber"]
+HUBER_DELTA = 0.1  # where the Huberised distance turns from square to linear
+NEAREST = 1e-12  # the square root has no gradient at 0: a pixel on its prototype needs none
+
 
 def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     """Vectors of length 1 along `dim`, in fp32 at least; a zero vector stays zero (eps 1e-12)."""
@@ -42,6 +46,21 @@ def cosine_similarity(embedding: Tensor, prototypes: Tensor) -> Tensor:
         (N, C*K); column c*K + k belongs to prototype k of class c.
     """
     return embedding @ prototypes.to(embedding.dtype).flatten(0, 1).T
+
+
+def measured(cosine: Tensor, distance: Distance = "cosine") -> Tensor:
+    """Cosines as the similarity 1 - d that a distance d on the unit sphere gives; 1 on the prototype, -1 opposite it.
+
+    `cosine` is d = 1 - cos, the paper's. `euclidean` is the chord, d = |x - p| = sqrt(2 - 2 cos); its square is the
+    cosine again. `huber` rounds the chord off near the prototype, d = sqrt(delta^2 + |x - p|^2) - delta. All three
+    order prototypes alike: they differ in how much a pixel gains by coming nearer, so in loss and clustering.
+    """
+    if distance == "cosine":
+        return cosine
+    square = 2 - 2 * cosine
+    if distance == "euclidean":
+        return 1 - square.clamp(min=NEAREST).sqrt()
+    return 1 + HUBER_DELTA - (square.clamp(min=0) + HUBER_DELTA**2).sqrt()
 
 
 def class_similarity(similarity: Tensor, num_classes: int) -> Tensor:
