@@ -46,6 +46,13 @@ def test_the_original_camvid_release_is_refused(tmp_path):
         catalog.find(Data(name="camvid", root=str(tmp_path)), "train")
 
 
+@pytest.mark.parametrize("mark", ["class_dict.csv", "train_labels/"])
+def test_camvid_split_at_random_is_refused(tmp_path, mark):
+    (tmp_path / mark).mkdir() if mark.endswith("/") else (tmp_path / mark).touch()
+    with pytest.raises(DataError, match="random split.*neighbours of training frames"):
+        catalog.find(Data(name="camvid", root=str(tmp_path)), "train")
+
+
 def test_ade20k_starts_at_one(tmp_path):
     for part in ("training", "validation"):
         write_image(tmp_path / "ADEChallengeData2016" / "images" / part / "ADE_1.jpg")

@@ -36,6 +36,13 @@ def test_the_yaml_may_live_elsewhere(tmp_path):
     assert len(catalog.find(Data(name="folder", root=str(tmp_path / "set"), file=str(file)), "val")) == 2
 
 
+def test_a_list_may_lie_beside_the_yaml(tmp_path):
+    write_pairs(tmp_path / "set")
+    (tmp_path / "few.yaml").write_text("train: {images: images, masks: masks, list: few.txt}\nclasses: [road, car]")
+    (tmp_path / "few.txt").write_text("c\na\n")
+    assert set(find(tmp_path / "set", file=tmp_path / "few.yaml").stems) == {"a", "c"}
+
+
 def test_globs_templates_lists_and_several_places(tmp_path):
     for name in ("a", "b c", "d"):
         write_image(tmp_path / "one" / f"{name}.png")

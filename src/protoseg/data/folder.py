@@ -10,7 +10,7 @@ label_map: {3: 0, 4: 0, 5: 1}                                # optional and comp
 palette: {0: [128, 64, 128], 1: "#00008e", 255: [[0, 0, 0], [9, 9, 9]]}   # colours; also how RGB masks are read
 ```
 
-Paths are relative to `data.root`, or to the YAML where no root is given.
+Paths are relative to `data.root`, or to the YAML where no root is given; a list may also lie beside the YAML.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def read(file: Path, root: Path, split: str) -> tuple[list[Entry], list[Entry] |
     if not isinstance(part, dict) or "images" not in part or (extra := set(part) - ABOUT_SPLITS):
         wrong = f"unknown keys {sorted(extra)}" if isinstance(part, dict) and "images" in part else f"given {part!r}"
         raise DataError(f"{file}: split {split!r} needs {{images: ..., masks: ..., list: ...}}; {wrong}")
-    wanted = read_list(root / str(part["list"])) if part.get("list") else None
+    wanted = read_list(_list_file(str(part["list"]), root, file)) if part.get("list") else None
     images = _collect(part["images"], root, file)
     masks = None
     if part.get("masks"):
@@ -75,6 +75,12 @@ def read(file: Path, root: Path, split: str) -> tuple[list[Entry], list[Entry] |
         # A line may carry more than the stem; a stem may contain spaces. What exists decides.
         wanted = [line if line in known else _stem(line.split()[0]) for line in wanted]
     return images, masks, space, wanted
+
+
+def _list_file(name: str, root: Path, file: Path) -> Path:
+    """A subset kept with the YAML that describes it, or a list of the data set itself."""
+    beside = file.parent / name
+    return beside if beside.is_file() else root / name
 
 
 def read_list(path: Path) -> list[str]:
