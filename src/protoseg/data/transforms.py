@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -24,6 +24,24 @@ from protoseg.data.labels import LabelSpace
 FILL = (124.0, 116.0, 104.0)
 TRIES = 10  # crops drawn until none of their classes covers too much
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision
+PLAIN_COLOUR = (0.0, 1.0, 1.0, 0.0)  # brightness, contrast, saturation and hue that change nothing
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is random about one training sample.
+
+    Args:
+        size: (height, width) of the whole picture when it has been resized.
+        corner: top and left of the crop in it.
+        flip: left for right, of the crop.
+        colour: (brightness, contrast, saturation, hue) as `colour_draws` gives them.
+    """
+
+    size: tuple[int, int]
+    corner: tuple[int, int]
+    flip: bool
+    colour: tuple[float, float, float, float] = PLAIN_COLOUR
 
 
 def training(data: Data, labels: LabelSpace, seed: int) -> Transform:
@@ -36,6 +54,19 @@ def training(data: Data, labels: LabelSpace, seed: int) -> Transform:
     Raises:
         DataError: settings that make no sense, when it is built rather than at the first sample.
     """
+    check_training(data)
+
+    def transform(sample: Sample, epoch: int, index: int) -> Sample:
+        image, label = sample["image"], sample["label"]
+        cut = draw_cut(label, data, labels.ignore_index, seed, epoch, index)
+        image, label = apply_cut(image, label, cut, data.crop_size, labels.ignore_index)
+        return {**sample, "image": image, "label": label}
+
+    return transform
+
+
+def check_training(data: Data) -> None:
+    """Raises: DataError: settings of the training samples that make no sense."""
     low, high = data.scale_range
     if not 0 < low <= high:
         raise DataError(f"data.scale_range is {data.scale_range}; expected 0 < low <= high")
@@ -46,25 +77,30 @@ def training(data: Data, labels: LabelSpace, seed: int) -> Transform:
         )
     _check_sizes(data)
 
-    def transform(sample: Sample, epoch: int, index: int) -> Sample:
-        draw = generator(seed, epoch, index)
-        image, label = sample["image"], sample["label"]
-        height, width = base_size(label.shape[0], label.shape[1], data)
-        factor = _uniform(draw, low, high)
-        size = max(1, round(height * factor)), max(1, round(width * factor))
-        resized = resize_label(label, size)
-        corner = _place(draw, resized, data, labels.ignore_index)
-        rows, columns = (slice(start, start + side) for start, side in zip(corner, data.crop_size))
-        image, label = _resize(image, size)[:, rows, columns], resized[rows, columns]
-        if _uniform(draw) < data.hflip:
-            image, label = image.flip(-1), label.flip(-1)
-        if data.photometric:
-            image = recolour(image, *colour_draws(draw))
-        image = pad(image, data.crop_size, FILL)  # last, so that what is no picture has one colour
-        label = pad(label[None], data.crop_size, [labels.ignore_index])[0]
-        return {**sample, "image": image, "label": label}
 
-    return transform
+def draw_cut(label: Tensor, data: Data, ignore_index: int, seed: int, epoch: int, index: int) -> Cut:
+    """The cut of one item in one epoch; `label` (H, W) is looked at for `cat_max_ratio` only."""
+    draw = generator(seed, epoch, index)
+    height, width = base_size(label.shape[0], label.shape[1], data)
+    factor = _uniform(draw, *data.scale_range)
+    size = max(1, round(height * factor)), max(1, round(width * factor))
+    corner = _place(draw, label, size, data, ignore_index)
+    flip = _uniform(draw) < data.hflip
+    return Cut(size, corner, flip, colour_draws(draw) if data.photometric else PLAIN_COLOUR)
+
+
+def apply_cut(
+    image: Tensor, label: Tensor, cut: Cut, crop_size: tuple[int, int], ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The crop of (3, H, W) uint8 and (H, W) labels that a cut describes, padded to `crop_size`."""
+    label = crop_label(label, cut.size, cut.corner, crop_size)
+    rows, columns = (slice(start, start + side) for start, side in zip(cut.corner, crop_size))
+    image = _resize(image, cut.size)[:, rows, columns]
+    if cut.flip:
+        image, label = image.flip(-1), label.flip(-1)
+    image = recolour(image, *cut.colour)
+    image = pad(image, crop_size, FILL)  # last, so that what is no picture has one colour
+    return image, pad(label[None], crop_size, [ignore_index])[0]
 
 
 def evaluation(data: Data) -> Transform:
@@ -99,10 +135,20 @@ def generator(seed: int, epoch: int, index: int) -> torch.Generator:
 
 def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
     """Nearest-exact resize of (H, W) labels of any integer type: target pixel i takes source floor((i + 0.5) s)."""
+    return crop_label(label, size, (0, 0), size)
+
+
+def crop_label(label: Tensor, size: tuple[int, int], corner: tuple[int, int], crop_size: tuple[int, int]) -> Tensor:
+    """The crop of `resize_label(label, size)` that begins at `corner`, without the rest; smaller where it ends."""
     if tuple(label.shape) == size:
-        return label
-    rows, columns = (_nearest(old, new) for old, new in zip(label.shape, size))
-    return torch.from_numpy(label.numpy().take(columns, axis=1)[rows])  # four times as fast as index_select
+        (top, left), (height, width) = corner, crop_size
+        return label[top : top + height, left : left + width]
+    rows, columns = (
+        (2 * np.arange(start, min(start + side, new)) + 1) * old // (2 * new)  # floor((i + 0.5) * old / new), exact
+        for old, new, start, side in zip(label.shape, size, corner, crop_size)
+    )
+    seen = label.numpy()[rows[0] : rows[-1] + 1].take(columns, axis=1)  # four times as fast as index_select
+    return torch.from_numpy(seen[rows - rows[0]])
 
 
 def pad(image: Tensor, size: tuple[int, int], fill: Sequence[float]) -> Tensor:
@@ -135,7 +181,7 @@ def recolour(image: Tensor, brightness: float, contrast: float, saturation: floa
     functions do; hue turns colours about the grey axis. All four are affine in RGB, so a pixel is touched once (HSV
     costs ten times as much) and clipped once, at the end.
     """
-    if (brightness, contrast, saturation, hue) == (0.0, 1.0, 1.0, 0.0):
+    if (brightness, contrast, saturation, hue) == PLAIN_COLOUR:
         return image
     grey = torch.tensor(GREY)
     planes = image.contiguous().view(3, -1)  # 3 N: planes multiply four times as fast as triples
@@ -152,15 +198,16 @@ def recolour(image: Tensor, brightness: float, contrast: float, saturation: floa
     return mixed.round_().clamp_(0, 255).to(torch.uint8).view(image.shape)
 
 
-def _place(draw: torch.Generator, label: Tensor, data: Data, ignore_index: int) -> tuple[int, int]:
+def _place(
+    draw: torch.Generator, label: Tensor, size: tuple[int, int], data: Data, ignore_index: int
+) -> tuple[int, int]:
     """Top left corner of a crop in which no class covers more than `cat_max_ratio` of the labelled pixels."""
-    room = [max(0, have - want) for have, want in zip(label.shape, data.crop_size)]
+    room = [max(0, have - want) for have, want in zip(size, data.crop_size)]
     for _ in range(TRIES):
         top, left = (int(torch.randint(r + 1, (), generator=draw)) for r in room)
         if data.cat_max_ratio >= 1 or room == [0, 0]:
             break
-        seen = label[top : top + data.crop_size[0], left : left + data.crop_size[1]]
-        counts = seen.flatten().bincount()
+        counts = crop_label(label, size, (top, left), data.crop_size).flatten().bincount()
         counts[ignore_index : ignore_index + 1] = 0
         if (counts > 0).sum() > 1 and counts.max() <= data.cat_max_ratio * counts.sum():
             break
@@ -171,10 +218,6 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(image.shape[-2:]) == size:
         return image
     return F.resize(image, list(size), antialias=True)
-
-
-def _nearest(old: int, new: int) -> NDArray[np.int64]:
-    return (2 * np.arange(new) + 1) * old // (2 * new)  # floor((i + 0.5) * old / new), in integers
 
 
 def _uniform(draw: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
