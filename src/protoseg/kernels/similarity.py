@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from protoseg.kernels import gemm, upsampling
+from protoseg.kernels import contrast, gemm, upsampling
+from protoseg.kernels.shards import Shard
 
 CPU_BAND = 1_500_000  # cosines of a band: 6 MB in fp32, which stays in a core's share of the last cache
 GPU_BAND = 64_000_000
-FEWEST_COLUMNS = 128  # below this the products lose more than the cache gives
+FEWEST_COLUMNS = 64  # below this the products lose more than the cache gives; 1.2 times faster than 128 at C = 10,000
 ROWS = 1024  # of the last loop, over (N, D)
 
 # (N, K) cosines with the own class and (N,) class each pixel scores highest (or None) -> prototype in [0, C*K) that
@@ -41,6 +42,7 @@ class Settings:
         siblings: whether the other prototypes of the own class are negatives of Eq. (5).
         layer_norm: eps of a LayerNorm over the classes' scores, or None.
         predict: whether `Assign` wants the class of highest score.
+        negative_weight: what a drawn negative stands for, where only some are drawn.
     """
 
     size: tuple[int, int, int]
@@ -52,6 +54,7 @@ class Settings:
     align_corners: bool
     layer_norm: float | None = None
     predict: bool = False
+    negative_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Batch:
         labels: (B, H, W); classes: (N,) at feature size, -1 for void.
         class_weights: (C,) or None.
         label_share: () factor that makes a sum over labels the cross-entropy; pixel_share: () the same for PPC and PPD.
+        negatives: (M,) prototypes through which Eq. (5) sees the other classes, -1 for one that another rank holds;
+            None: all of them.
+        shard: which classes `prototypes` holds, where other ranks hold the rest; labels, classes and class weights are
+            then those of all classes, targets those of this rank. None: all of them.
     """
 
     embedding: Tensor
@@ -78,6 +85,8 @@ class Batch:
     label_share: Tensor
     pixel_share: Tensor
     settings: Settings
+    negatives: Tensor | None = None
+    shard: Shard | None = None
 
 
 @dataclass
@@ -132,10 +141,12 @@ def sweep(
     scale = batch.log_scale.exp().to(batch.embedding.dtype)
     ce_share = batch.label_share * ce_weight
     ppc_share = batch.pixel_share * ppc_weight
+    shard = batch.shard
     valid = batch.classes >= 0
-    bands = _bands(B, h, w, max(FEWEST_COLUMNS, budget // (C * K)))
-    widest = max((len(images) * len(rows) * w for images, rows in bands), default=0)
-    work = new(C * K * (widest + (w if resized else 0)))  # one for all bands: fresh memory costs page faults
+    classes = batch.classes if shard is None else shard.local(batch.classes)
+    bands = _bands(B, h, w, max(FEWEST_COLUMNS, budget // ((C if shard is None else shard.widest) * K)))
+    widest = max((len(images) * len(rows) * w for images, rows in bands), default=0) + (w if resized else 0)
+    work = new(C * K * widest if batch.negatives is None else 0)  # one for all bands: fresh memory costs page faults
 
     swept = Swept(
         ce=new(()).zero_(),
@@ -150,29 +161,30 @@ def sweep(
 
     def finish(cosines: Tensor, best: Tensor, scores_gradient: Tensor, start: int, end: int) -> None:
         """Log-sum-exp, own cosines and gradient of pixels [start, end), whose cross-entropy is complete."""
-        table = cosines.view(C, K, -1)
-        swept.own[:, start:end] = _own(table, batch.classes[start:end])
-        if target is None or s.siblings:
-            shift = best.amax(0) / s.temperature
-            mass = work[: cosines.numel()].view(cosines.shape)  # CK n
-            torch.add(-shift, cosines, alpha=1 / s.temperature, out=mass).exp_()
+        table, part = cosines.view(C, K, -1), slice(start, end)
+        own = swept.own[:, part] = _own(table, classes[part])
+        given = None if s.siblings or target is None else target[part]
+        contrasted = (own, classes[part], given)
+        if batch.negatives is None:
+            mass, total, shift = contrast.all_negatives(cosines, best, *contrasted, s.temperature, shard, work)
         else:
-            given = target[start:end].clamp(min=0)[None]  # 1 n
-            own_class = batch.classes[start:end].clamp(min=0).expand(1, K, -1)  # 1 K n
-            rivals = table.scatter(0, own_class, -torch.inf).view(C * K, -1)
-            rivals.scatter_(0, given, cosines.gather(0, given))
-            shift = rivals.amax(0) / s.temperature
-            mass = rivals.mul_(1 / s.temperature).sub_(shift).exp_()
-        total = mass.sum(0)
-        swept.log_sum[start:end] = total.log() + shift
+            far, near, total, shift = contrast.drawn_negatives(
+                cosines, *contrasted, batch.negatives, s.negative_weight, s.temperature, shard
+            )
+        swept.log_sum[part] = total.log() + shift
         best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
         if swept.gradient is None:
             return
-        mass.mul_(torch.where(valid[start:end], ppc_share / (s.temperature * total), 0))
+        push = torch.where(valid[part], ppc_share / (s.temperature * total), 0)
         tied = table.eq_(best[:, None])  # the cosines become 0 and 1
         best_gradient = best_gradient / tied.sum(1).clamp_(min=1)
-        mass.view(C, K, -1).addcmul_(tied, best_gradient[:, None])
-        gemm.weighted_prototypes(mass, flat, transposed, swept.gradient[start:end])
+        if batch.negatives is None:
+            mass.mul_(push).view(C, K, -1).addcmul_(tied, best_gradient[:, None])
+        else:
+            mass = tied.mul_(best_gradient[:, None]).view(C * K, -1)
+            mass.index_add_(0, batch.negatives.clamp(min=0), far.mul_(push))
+            table.scatter_add_(0, classes[part].clamp(min=0).expand(1, K, -1), near.mul_(push)[None])
+        gemm.weighted_prototypes(mass, flat, transposed, swept.gradient[part])
 
     carried: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # cosines, best, widened scores, their gradient
     done = 0  # label rows of this image
@@ -185,13 +197,13 @@ def sweep(
         best = cosines.view(C, K, -1).amax(1)  # C n
         scores = _scores(batch, scale, best)
         if swept.predicted is not None:
-            swept.predicted[start:end] = scores.argmax(0)
+            swept.predicted[start:end] = scores.argmax(0) if shard is None else shard.argmax(scores)
         if only_own:
-            swept.own[:, start:end] = _own(cosines.view(C, K, -1), batch.classes[start:end])
+            swept.own[:, start:end] = _own(cosines.view(C, K, -1), classes[start:end])
             continue
         if not resized:
             loss = upsampling.cross_entropy_(
-                scores, labels[0, start:end, 0], s.ignore_index, batch.class_weights, ce_share
+                scores, labels[0, start:end, 0], s.ignore_index, batch.class_weights, ce_share, shard
             )
             swept.ce += loss
             finish(cosines, best, scores, start, end)
@@ -210,7 +222,7 @@ def sweep(
         ready = vertical.ready(rows.stop)
         swept.ce += upsampling.strip_cross_entropy(
             widened, label_gradient, vertical, (done, ready), top,
-            labels[images.start : images.stop], s.ignore_index, batch.class_weights, ce_share, budget,
+            labels[images.start : images.stop], s.ignore_index, batch.class_weights, ce_share, budget, shard,
         )  # fmt: skip
         done = ready
         if rows.stop < h:  # the last row still gets gradient from below
@@ -245,7 +257,9 @@ class OnePass(torch.autograd.Function):
         class_weights: Tensor | None,
         label_share: Tensor,
         pixel_share: Tensor,
+        negatives: Tensor | None,
         settings: Settings,
+        shard: Shard | None,
         assign: Assign,
     ) -> tuple[Tensor, ...]:
         raw = raw.detach()
@@ -254,7 +268,7 @@ class OnePass(torch.autograd.Function):
             torch.empty_like(raw, memory_format=torch.contiguous_format), prototypes.to(raw.dtype), log_scale.detach(),
             norm_weight, norm_bias, labels, classes,
             None if class_weights is None else class_weights.to(raw.dtype),
-            label_share, pixel_share, s,
+            label_share, pixel_share, s, negatives, shard,
         )  # fmt: skip
         needed = {"gradient": ctx.needs_input_grad[0], "parameters": any(ctx.needs_input_grad[1:4])}
         weights = (1.0, s.contrast_weight)
@@ -268,8 +282,11 @@ class OnePass(torch.autograd.Function):
         labelled = target >= 0
         K = prototypes.shape[1]
         near = swept.own.gather(1, (target % K)[:, None])[:, 0]  # N, cosine with the prototype that was given
-        ppc = torch.where(labelled, swept.log_sum - near / s.temperature, 0).sum() * pixel_share
-        ppd = torch.where(labelled, (1 - near).square(), 0).sum() * pixel_share
+        ppc = torch.where(labelled, swept.log_sum - near / s.temperature, 0).sum()
+        ppd = torch.where(labelled, (1 - near).square(), 0).sum()
+        if shard is not None:  # a pixel's target is on one rank
+            ppc, ppd = shard.total(torch.stack([ppc, ppd])).unbind()
+        ppc, ppd = ppc * pixel_share, ppd * pixel_share
         total = swept.ce + s.contrast_weight * ppc + s.distance_weight * ppd
         if swept.gradient is not None:
             _targets_and_length(
@@ -285,9 +302,9 @@ class OnePass(torch.autograd.Function):
         ctx.mark_non_differentiable(batch.embedding, target, moving)
         ctx.save_for_backward(
             prototypes, raw, batch.embedding, log_scale, norm_weight, norm_bias, target, near, labels, classes,
-            class_weights, label_share, pixel_share,
+            class_weights, label_share, pixel_share, negatives,
         )  # fmt: skip
-        ctx.settings = settings
+        ctx.settings, ctx.shard = settings, shard
         ctx.made = swept if any(ctx.needs_input_grad) else None  # given away by the first backward
         return total, swept.ce, ppc, ppd, batch.embedding, target, moving
 
@@ -297,7 +314,7 @@ class OnePass(torch.autograd.Function):
         total, ce, ppc, ppd = gradients[:4]
         saved = ctx.saved_tensors  # refuses, as autograd does, when a prototype has moved in between
         if all(g is None for g in (total, ce, ppc, ppd)):
-            return (None,) * 12
+            return (None,) * 14
         made, ctx.made = ctx.made, None
         if made is not None and total is not None and ce is None and ppc is None and ppd is None:
             swept = made
@@ -309,10 +326,11 @@ class OnePass(torch.autograd.Function):
         else:
             prototypes, raw, embedding, log_scale, norm_weight, norm_bias, target, near, *rest = saved
             s = ctx.settings
-            labels, classes, class_weights, label_share, pixel_share = rest
+            labels, classes, class_weights, label_share, pixel_share, negatives = rest
             batch = Batch(
                 embedding, prototypes.to(raw.dtype), log_scale, norm_weight, norm_bias, labels, classes,
                 None if class_weights is None else class_weights.to(raw.dtype), label_share, pixel_share, s,
+                negatives, ctx.shard,
             )  # fmt: skip
             none = label_share.new_zeros(())
             total = none if total is None else total
@@ -332,7 +350,7 @@ class OnePass(torch.autograd.Function):
         wanted = [g if need else None for g, need in zip([swept.gradient, *parameters], ctx.needs_input_grad)]
         if wanted[1] is not None:
             wanted[1] = wanted[1].to(saved[3].dtype)
-        return (*wanted, *(None,) * 8)
+        return (*wanted, *(None,) * 10)
 
 
 def one_pass(batch: Batch, assign: Assign) -> tuple[Tensor, ...]:
@@ -342,7 +360,8 @@ def one_pass(batch: Batch, assign: Assign) -> tuple[Tensor, ...]:
         learned = [None if t is None else t.detach() for t in learned]
     return OnePass.apply(
         *learned, batch.prototypes, batch.labels,
-        batch.classes, batch.class_weights, batch.label_share, batch.pixel_share, batch.settings, assign,
+        batch.classes, batch.class_weights, batch.label_share, batch.pixel_share, batch.negatives, batch.settings,
+        batch.shard, assign,
     )  # fmt: skip
 
 

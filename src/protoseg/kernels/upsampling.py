@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from protoseg.kernels.shards import Shard
+
 TAPS = 16  # inputs a block of outputs takes from, about: two are needed, a product wants a few more
 STRIP = 300_000  # logits that are worth the calls of a strip
 
@@ -91,29 +93,43 @@ def narrow(gradient: Tensor, along: Lines) -> Tensor:
 
 
 def cross_entropy_(
-    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None, share: Tensor
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    class_weights: Tensor | None,
+    share: Tensor,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Summed, weighted cross-entropy of (C, n) logits, which are overwritten by `share` times its gradient.
 
     Args:
         labels: (n,) in [0, C) or `ignore_index`.
         share: () factor of the gradient alone.
+        shard: which classes `logits` holds; `labels` and `class_weights` are then those of all.
 
     Returns:
         () sum over the labelled pixels.
     """
     valid = labels != ignore_index
-    index = torch.where(valid, labels, 0)[None]  # 1 n
+    index = torch.where(valid, labels, 0)  # n
     weight = valid.to(logits.dtype)
     if class_weights is not None:
-        weight = weight * class_weights[index[0]]
-    logits.sub_(logits.amax(0))
-    target = logits.gather(0, index)[0]
+        weight = weight * class_weights[index]
+    peak = logits.amax(0)
+    here = valid
+    if shard is not None:
+        peak = shard.largest(peak)
+        index = shard.local(index)
+        here, index = valid & (index >= 0), index.clamp(min=0)
+    logits.sub_(peak)
+    target = logits.gather(0, index[None])[0]
     mass = logits.exp_().sum(0)
+    if shard is not None:  # one message for both
+        mass, target = shard.total(torch.stack([mass, torch.where(here, target, 0)])).unbind()
     loss = torch.where(valid, weight * (mass.log() - target), 0).sum()
     weight = weight * share
     logits.mul_(weight / mass)
-    logits.scatter_add_(0, index, -weight[None])
+    logits.scatter_add_(0, index[None], torch.where(here, -weight, 0)[None])
     return loss
 
 
@@ -128,6 +144,7 @@ def strip_cross_entropy(
     class_weights: Tensor | None,
     share: Tensor,
     budget: int,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Cross-entropy of some label rows; adds `share` times its gradient to `gradient`.
 
@@ -137,6 +154,7 @@ def strip_cross_entropy(
         rows: label rows [first, last), all of whose feature rows are in `widened`.
         labels: (G, H, W).
         budget: how many logits may exist at once.
+        shard: as in `cross_entropy_`.
 
     Returns:
         () sum over the labelled pixels of these rows.
@@ -144,13 +162,14 @@ def strip_cross_entropy(
     planes, _, width = widened.shape
     images = labels.shape[0]
     enough = STRIP if widened.device.type == "cpu" else budget
-    step = max(1, min(max(vertical.block // 8, enough // (planes * width)), budget // (planes * width)))
+    row = width * (planes if shard is None else shard.widest * images)  # logits, on the widest rank
+    step = max(1, min(max(vertical.block // 8, enough // row), budget // row))
     loss = widened.new_zeros(())
     for out, taken in vertical.blocks(*rows, step):
         mix = vertical.matrix[out, taken]
         held = slice(taken.start - top, taken.stop - top)
         logits = torch.matmul(mix, widened[:, held])  # C*G strip W
         flat = logits.view(planes // images, -1)
-        loss = loss + cross_entropy_(flat, labels[:, out].reshape(-1), ignore_index, class_weights, share)
+        loss = loss + cross_entropy_(flat, labels[:, out].reshape(-1), ignore_index, class_weights, share, shard)
         gradient[:, held] += torch.matmul(mix.T, logits)
     return loss
