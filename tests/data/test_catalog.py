@@ -49,7 +49,7 @@ def test_the_original_camvid_release_is_refused(tmp_path):
 @pytest.mark.parametrize("mark", ["class_dict.csv", "train_labels/"])
 def test_camvid_split_at_random_is_refused(tmp_path, mark):
     (tmp_path / mark).mkdir() if mark.endswith("/") else (tmp_path / mark).touch()
-    with pytest.raises(DataError, match="random split.*neighbours of training frames"):
+    with pytest.raises(DataError, match=r"random split.*neighbours of training frames"):
         catalog.find(Data(name="camvid", root=str(tmp_path)), "train")
 
 
