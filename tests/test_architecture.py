@@ -11,7 +11,7 @@ MODEL_LIBRARIES = {
     "torch", "torchvision", "timm", "segmentation_models_pytorch", "transformers", "safetensors", "huggingface_hub",
 }  # fmt: skip
 DATA_LIBRARIES = {"torch", "torchvision", "numpy", "PIL", "yaml"}
-ENGINE_LIBRARIES = {*MODEL_LIBRARIES, *DATA_LIBRARIES, "lightning", "torchmetrics"}
+ENGINE_LIBRARIES = {*MODEL_LIBRARIES, *DATA_LIBRARIES, "lightning", "torchmetrics", "scipy"}
 HOUSE = {
     "kernels": set(),
     "method": {"kernels"},

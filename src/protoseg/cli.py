@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,7 +22,7 @@ import jsonargparse
 import yaml
 
 from protoseg import __version__
-from protoseg.config import Data, DataError, Evaluation, Head, Model, Optim, Recipe, UserError
+from protoseg.config import Data, DataError, Evaluation, Head, Model, Optim, Recipe, Study, UserError
 
 LARGEST_CONFIG = 1_000_000  # characters
 DEEPEST_CONFIG = 50  # levels of nesting; a recipe has 3
@@ -81,6 +81,8 @@ def parse(argv: list[str]) -> tuple[Callable[[Any], int | None], Any]:
         # a denied import escapes as ImportError, too deep a YAML as RecursionError
         given = parser.parse_args(argv)
         verb = next(verb for verb in VERBS if given.verb in (verb.name, *verb.aliases))
+        if verb.kept_config and (kept := verb.kept_config(given[given.verb])):
+            given = parser.parse_args([argv[0], "--config", kept, *argv[1:]])
         known = recorded(given[given.verb].model, verb.from_run) if verb.from_run else {}
         if known:
             options = [f"--{section}={json.dumps(values)}" for section, values in known.items()]
@@ -247,6 +249,7 @@ def data_stats(settings: Any) -> int:
 def evaluate_options(parser: Parser) -> None:
     parser.add_argument("model", type=str, help="a run folder (its final model), or a model folder such as runs/a/best")
     parser.add_argument("--split", type=str, default="", help="train, val or test (default: test; of `val`: val)")
+    parser.add_argument("--prefix", type=str, default="", help="only images whose names begin so")
     parser.add_argument("--out", type=str, default="", help="the JSON file; empty: in the model's folder")
     _device(parser)
     _json(parser)
@@ -257,7 +260,7 @@ def evaluate(settings: Any) -> None:
     from protoseg.tasks.evaluation import evaluate
 
     split = settings.split or ("val" if settings.typed == "val" else "test")
-    names = ("data", "evaluation", "out", "json", "device")
+    names = ("data", "evaluation", "prefix", "out", "json", "device")
     evaluate(settings.model, split=split, **{name: settings[name] for name in names})
 
 
@@ -311,6 +314,95 @@ def recorded(model: str, sections: tuple[str, ...]) -> dict[str, dict[str, Any]]
     return {name: settings[name] for name in sections if isinstance(settings.get(name), dict)}
 
 
+def study_options(parser: Parser) -> None:
+    parser.add_argument("name", type=str, help="the study's folder below --runs, such as heads")
+    parser.add_argument("--config", action="config", help="the study's YAML; none: the one kept in its folder")
+    parser.add_class_arguments(Study, None)
+    add = parser.add_argument
+    add("--set", type=str, nargs="+", default=[], help="settings of all runs, such as data.root=CAMVID")
+    add("--runs", type=str, default="runs", help="the folder of all runs (default: runs)")
+    add("--workers", type=int, default=1, help="runs at the same time, each a process (default: 1)")
+    add("--threads", type=int, default=0, help="CPU threads of a run; 0: OMP_NUM_THREADS, else CPUs / workers")
+    add("--devices", type=str, default="", help="GPUs that runs take in turn, such as 0,1")
+    add("--only", type=str, nargs="+", default=[], help="run only these variants")
+    add("--dry-run", action="store_true", help="print the runs and how far they are")
+    add("--report-only", action="store_true", help="run nothing, write the report")
+    explain(parser, argument_help(Study))
+
+
+def study_folder(settings: Any) -> Path:
+    if not re.fullmatch(r"\w[\w.-]*", settings.name):
+        raise UserError(f"{settings.name!r} is no name of a study; use letters, digits and . _ - (the folder: --runs)")
+    return Path(settings.runs) / settings.name
+
+
+def kept_study(settings: Any) -> str:
+    path = study_folder(settings) / "study.yaml"
+    return str(path) if not settings.config and not settings.recipe and path.is_file() else ""
+
+
+def study(settings: Any) -> int:
+    from protoseg.tasks.study import study
+
+    plan = Study(**{name: settings[name] for name in Study.__dataclass_fields__})
+    if not plan.recipe:
+        raise UserError(f"{study_folder(settings)} holds no study yet; give one with --config studies/NAME.yaml")
+    homes = [Path(str(path)).parent for path in settings.config or []]
+    recipe = next((home / plan.recipe for home in homes if (home / plan.recipe).is_file()), Path(plan.recipe))
+    plan = replace(plan, overrides={**plan.overrides, **dict(map(assignment, settings.set))})
+    return study(
+        study_folder(settings),
+        plan,
+        varied(recipe),
+        devices=[word for word in settings.devices.split(",") if word],
+        **{name: settings[name] for name in ("workers", "threads", "only", "dry_run", "report_only")},
+    )
+
+
+def assignment(word: str) -> tuple[str, Any]:
+    """ "head.momentum=0.9" -> ("head.momentum", 0.9); the value is YAML."""
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise UserError(f"--set {word}: expected NAME=VALUE, such as data.root=CAMVID")
+    try:
+        return name, checked_load(value)
+    except yaml.YAMLError as fault:
+        raise UserError(f"--set {word}: the value is not YAML ({one_line(fault)})") from fault
+
+
+def varied(recipe: Path) -> Callable[[dict[str, Any]], Recipe]:
+    """A function from dotted settings to the recipe with them.
+
+    Raises:
+        UserError: here or in that function: no such file, a setting that does not exist, a value it cannot have.
+    """
+    if not recipe.is_file():
+        raise UserError(f"{recipe}: no such recipe; `recipe` of a study is a path beside its own YAML")
+    guard()
+    parser = Refusing()
+    recipe_options(parser)
+    base = parser.parse_path(str(recipe))
+
+    def build(settings: dict[str, Any]) -> Recipe:
+        nested: dict[str, Any] = {}
+        for name, value in settings.items():
+            *sections, last = name.split(".")
+            level = nested
+            for section in sections:
+                level = level.setdefault(section, {})
+            level[last] = value
+        return recipe_of(parser.instantiate(parser.parse_object(nested, cfg_base=base.clone())))
+
+    return build
+
+
+class Refusing(Parser):
+    """Raises instead of exiting."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(one_line(re.sub(r"tip: For details.*|\n*\s*Run with JSONARGPARSE_DEBUG.*", "", message)))
+
+
 def demo_options(parser: Parser) -> None:
     parser.add_argument("--out", type=str, default="demo", help="folder to write to")
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps of each network")
@@ -356,6 +448,7 @@ class Verb:
         run: called with the parsed settings; what it returns is the exit code, None meaning 0.
         parts: second words, as in `data check`.
         from_run: sections that are taken from the run of `model` where the user does not give them.
+        kept_config: the YAML that stands in where the user gives no `--config`; empty: none.
         usage: shown in place of the list of all options.
         description: shown above the options.
     """
@@ -367,6 +460,7 @@ class Verb:
     aliases: tuple[str, ...] = ()
     parts: tuple[Verb, ...] = ()
     from_run: tuple[str, ...] = ()
+    kept_config: Callable[[Any], str] | None = None
     usage: str | None = None
     description: str | None = None
 
@@ -417,6 +511,15 @@ VERBS = (
                 usage="protoseg data stats [--split SPLIT] [--config FILE] [--data.name NAME] [--data.* VALUE ...]",
             ),
         ),
+    ),
+    Verb(
+        "study",
+        "train variants of a recipe with the same seeds and compare them",
+        study_options,
+        study,
+        kept_config=kept_study,
+        usage="protoseg study NAME [--config FILE] [--set SETTING=VALUE ...] [--workers N] [--devices 0,1] "
+        "[--only VARIANT ...] [--dry-run] [--report-only]",
     ),
     Verb(
         "demo",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from protoseg import __version__
-from protoseg.config import Data, Evaluation, UserError
+from protoseg.config import Data, DataError, Evaluation, UserError
 from protoseg.data import catalog, loading, transforms
 from protoseg.data.dataset import SegmentationDataset
 from protoseg.engine import windows
@@ -24,6 +25,7 @@ def evaluate(
     *,
     data: Data | None = None,
     split: str = "test",
+    prefix: str = "",
     evaluation: Evaluation | None = None,
     out: str | Path = "",
     json: bool = False,
@@ -35,8 +37,10 @@ def evaluate(
         model: a model folder, or a run folder (its `final`, or else its `best`).
         data: default: the data the model was trained on, from the `config.yaml` of its run.
         split: `train`, `val` or `test`, as `data` names them; or the data set's own name of a split.
+        prefix: only images whose names begin so, such as one drive of several; ratios are of these alone.
         evaluation: whole image or windows, scales, flip; default: as the model was validated.
-        out: the JSON file; default `evaluation-<split>.json` in the model's folder.
+        out: the JSON file; default `evaluation-<split>.json` in the model's folder, with a prefix
+            `evaluation-<split>-<prefix>.json`.
         json: print the JSON instead of the table.
         device: auto, cpu or gpu.
 
@@ -54,9 +58,11 @@ def evaluate(
     evaluation = evaluation or recorded_evaluation(folder, meta)
     windows.check(evaluation)
     source = catalog.find(data, getattr(data, f"{split}_split", split) or split)
+    source = beginning_with(source, prefix)
     check_classes(folder, meta["names"], source.labels.names)
     _check_labelled(source)
-    report_file = Path(out) if out else folder / f"evaluation-{source.split}.json"
+    part = re.sub(r"\W+", "-", prefix)
+    report_file = Path(out) if out else folder / f"evaluation-{source.split}{f'-{part}' if part else ''}.json"
     refuse_unwritable(report_file)
 
     dataset = SegmentationDataset(source, transforms.evaluation(data))
@@ -75,6 +81,7 @@ def evaluate(
         "model": str(folder),
         "step": meta.get("step"),
         "split": source.split,
+        "prefix": prefix,
         "data": dataclasses.asdict(data),
         "evaluation": dataclasses.asdict(evaluation),
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
@@ -99,6 +106,26 @@ def recorded_data(folder: Path) -> Data:
             f"{folder} lies in no run folder, so its data set is not known; say --data.name and --data.root"
         )
     return settings_of(Data, given, str(folder.parent / "config.yaml"))
+
+
+def beginning_with(source: catalog.Source, prefix: str) -> catalog.Source:
+    """The items of a split whose names begin with `prefix`; all of them where it is empty.
+
+    Raises:
+        DataError: there is none, or the scenes are generated and have no names of their own.
+    """
+    if not prefix:
+        return source
+    kept = [i for i, stem in enumerate(source.stems) if stem.startswith(prefix)]
+    if not kept or source.scenes is not None:
+        names = ", ".join(source.stems[:2])
+        raise DataError(f"{source.name}/{source.split}: no image's name begins with {prefix!r}; they are {names}, ...")
+    return dataclasses.replace(
+        source,
+        stems=tuple(source.stems[i] for i in kept),
+        images=tuple(source.images[i] for i in kept),
+        masks=tuple(source.masks[i] for i in kept),
+    )
 
 
 def check_classes(folder: Path, model: tuple[str, ...], data: tuple[str, ...]) -> None:
@@ -171,6 +198,7 @@ def table(report: dict[str, Any]) -> str:
     lines.append(
         f"mIoU {percent(report['miou'])} over {report['miou_over_classes']} of {report['num_classes']} classes, "
         f"{report['images']} images of {report['split']!r}"
+        + (f" that begin with {report['prefix']!r}" if report["prefix"] else "")
     )
     lines.append(
         f"pixel accuracy {percent(report['pixel_accuracy'])}   mean accuracy {percent(report['mean_accuracy'])}   "
