@@ -171,7 +171,7 @@ def clusterings(shape: Shape, side: int, device: str) -> dict[str, Callable[[], 
     own = masks.detach().gather(2, classes.clamp(min=0)[:, None, None].expand(-1, K, 1))[:, :, 0].contiguous()
 
     def ours() -> None:
-        head._assign(own, None, classes, None)
+        head._assign(own, None, classes, None, losses.embedding)
         head.update(losses)
 
     def released() -> None:

@@ -5,8 +5,9 @@ asks here whether a faster way applies, and takes the plain lines where it does 
 |---|---|---|
 | scores, losses and their gradient | `similarity.one_pass` | `torch.compile`, `torch.func`; `plain_only()` |
 | scores alone, without gradient | `similarity.class_cosines` | `torch.compile`, export, tracing; `plain_only()` |
-| transport plan | `clustering.transport_plan` | kappa too small for the type; `plain_only()` |
-| sums of the update | `clustering.segment_sums` | `plain_only()` |
+| transport plan, arg-max | `clustering.transport_plan`, `balanced_index` | small kappa, `torch.func`; `plain_only()` |
+| sums of the update | `clustering.segment_sums` | `torch.func`; `plain_only()` |
+| the memory's steps in place | `clustering_cpu` | GPU, no C compiler, mixed types, `torch.func`; `plain_only()` |
 
 The answer depends on nothing that may differ between ranks (not on the number of pixels, say): ranks that sum over
 each other must all go the same way.
@@ -19,24 +20,33 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
-from protoseg.kernels import clustering
-from protoseg.kernels.clustering import row_products, segment_sums, transport_plan
+from protoseg.kernels import clustering, clustering_cpu
+from protoseg.kernels.clustering import balanced_index, row_products, segment_sums, transport_plan
+from protoseg.kernels.clustering_cpu import momentum_step_, reseed_, usage_step_
+from protoseg.kernels.shards import Shard
 from protoseg.kernels.similarity import Batch, Settings, class_cosines, one_pass
 
 __all__ = [
     "Batch",
     "Settings",
+    "Shard",
+    "balanced_index",
     "class_cosines",
     "class_cosines_apply",
+    "memory_steps_apply",
+    "momentum_step_",
     "one_pass",
     "one_pass_applies",
     "plain_only",
+    "reseed_",
     "row_products",
     "segment_sums",
     "segment_sums_apply",
     "transport_plan",
     "transport_plan_applies",
+    "usage_step_",
 ]
 
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
@@ -70,10 +80,19 @@ def class_cosines_apply() -> bool:
 
 
 def transport_plan_applies(dtype: torch.dtype, kappa: float) -> bool:
-    """Whether `clustering.balanced_assignment` goes through `transport_plan`."""
-    return clustering.scaling_applies(dtype, kappa) and not _plain.get()
+    """Whether `clustering.balanced_assignment` goes through `balanced_index`."""
+    return clustering.scaling_applies(dtype, kappa) and not (_transformed() or _plain.get())
 
 
 def segment_sums_apply() -> bool:
     """Whether `prototypes.assigned_sums` goes through `segment_sums`."""
-    return not _plain.get()
+    return not (_transformed() or _plain.get())
+
+
+def memory_steps_apply(*tensors: Tensor) -> bool:
+    """Whether `head.update` changes the memory through `momentum_step_`, `usage_step_` and `reseed_`.
+
+    They hold no sum over ranks, so ranks need not agree on it; but only where they do are they equal to the last bit.
+    """
+    laid_out = all(t.is_contiguous() for t in tensors)
+    return laid_out and clustering_cpu.takes(*tensors) and not (_transformed() or _plain.get())

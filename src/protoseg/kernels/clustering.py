@@ -1,21 +1,29 @@
-"""Eq. (4) and the sums of Eq. (8), all classes at once, by scaling vectors and sorted segments.
+"""Eq. (4) and Eq. (8), all classes at once, by scaling vectors and segment sums.
 
-With E = exp((cosine - 1) / kappa) and one factor for each prototype and each pixel, a round of the transport is a
-segment sum, a gather and a row sum. A constant per class cancels, since every pixel's row is brought to 1 afterwards,
-so factors are kept relative to their class: with a = 2 / kappa, E is in [exp(-a), 1], a prototype's factor in
+With E = exp(cosine / kappa) and one factor for each prototype and each pixel, a round of the transport is a segment
+sum, a gather and a row sum. A constant per class cancels, since every pixel's row is brought to 1 afterwards, so
+factors are kept relative to their class: with a = 2 / kappa, E is in [exp(-a/2), exp(a/2)], a prototype's factor in
 [1/K, exp(a)] and a pixel's mass in [exp(-2a)/K, K] after any number of rounds. Where that fits the type, the result
-equals the log-domain rounds of `method.clustering`."""
+equals the log-domain rounds of `method.clustering`.
+
+Between two sums over ranks stands one piece of work: an operator of `clustering_cpu` where a compiler made it, the
+PyTorch lines here elsewhere. Both sum over ranks the same tables in the same order, so ranks need not agree on it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protoseg.kernels import clustering_cpu
+
 PIECE = 1024  # rows
 LARGEST_EXPONENT = {torch.float32: 42.0, torch.float64: 340.0}  # of a: exp(-2a)/K is still a normal number
+
+Reduction = Callable[[Tensor], Tensor]
 
 
 def scaling_applies(dtype: torch.dtype, kappa: float) -> bool:
@@ -24,38 +32,61 @@ def scaling_applies(dtype: torch.dtype, kappa: float) -> bool:
 
 
 def transport_plan(
-    own: Tensor, segments: Tensor, num_classes: int, kappa: float, iterations: int, total: Callable[[Tensor], Tensor]
+    own: Tensor, classes: Tensor, num_classes: int, kappa: float, iterations: int, total: Reduction
 ) -> Tensor:
     """The transport plan between the pixels of each class and its K prototypes, each with an equal share.
 
     Args:
         own: (N, K) cosine of each pixel with the prototypes of its own class.
-        segments: (N,) class of a pixel, C where it has none.
+        classes: (N,) class of a pixel, -1 where it has none.
         total: sum over ranks.
 
     Returns:
-        (N, K) plan, rows sum to 1.
+        (N, K) plan, rows sum to 1 (but for pixels without a class, which mean nothing).
     """
-    kernel = torch.sub(own, 1).mul_(1 / kappa).exp_().contiguous()  # N K
-    mass = kernel
-    for _ in range(iterations):
-        sums = own.new_zeros(num_classes + 1, own.shape[1]).index_add_(0, segments, mass)
-        sums = total(sums).clamp(min=torch.finfo(own.dtype).tiny)  # an absent class is never gathered
-        factor = sums.mean(1, keepdim=True) / sums
-        plan = kernel * factor.index_select(0, segments)
-        pixel = plan.sum(1, keepdim=True)
-        mass = kernel / pixel
-    return plan / pixel
+    rounds = _rounds(own, classes, num_classes, kappa, iterations, total)
+    plan = rounds.kernel * _factors(rounds.sums).index_select(0, classes.clamp(min=0))
+    return plan / plan.sum(1, keepdim=True)
 
 
-def segment_sums(rows: Tensor, index: Tensor, count: int) -> Tensor:
-    """(count, D) sum of the (N, D) rows of each index in [0, count]; `count` itself is for rows that belong nowhere.
+def balanced_index(
+    own: Tensor,
+    classes: Tensor,
+    num_classes: int,
+    kappa: float,
+    iterations: int,
+    few: int,
+    lone: bool,
+    total: Reduction,
+) -> Tensor:
+    """(N,) arg-max of each row of `transport_plan`, without the plan.
 
-    Sorted first, so every sum has one order: unlike atomic additions it gives the same bits every time, on a GPU too.
+    Args:
+        few: a class of fewer pixels takes its nearest prototypes. lone: a class's only pixel takes the first.
     """
-    order = torch.sort(index, stable=True)
+    rounds = _rounds(own, classes, num_classes, kappa, iterations, total)
+    if rounds.ordered is not None:
+        ordered, order, starts = rounds.ordered
+        return torch.ops.protoseg.largest_mass(ordered, order, starts, rounds.sums, rounds.counts, own, few, lone)
+    mine = classes.clamp(min=0)
+    index = (rounds.kernel * _factors(rounds.sums).index_select(0, mine)).argmax(1)
+    counts = rounds.counts.index_select(0, mine)
+    if lone:
+        index = torch.where(counts == 1, 0, index)
+    return torch.where(counts < few, own.argmax(1), index) if few else index
+
+
+def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(count, D) sum and (count,) number of the (N, D) rows of each index in [0, count); -1 belongs nowhere.
+
+    Every sum has one order: unlike atomic additions it gives the same bits every time, on a GPU too.
+    """
+    if clustering_cpu.takes(rows):
+        return torch.ops.protoseg.segment_sums(rows, index, count)
+    order = torch.sort(index.remainder(count + 1), stable=True)  # what belongs nowhere comes last
     starts = torch.searchsorted(order.values, torch.arange(count + 1, device=index.device))
-    return F.embedding_bag(order.indices, rows, starts, mode="sum")[:count]
+    sums = F.embedding_bag(order.indices, rows, starts, mode="sum")[:count]
+    return sums, starts.diff().to(rows.dtype)
 
 
 def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
@@ -69,3 +100,45 @@ def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
         part = slice(start, start + step)
         torch.sum(table.index_select(0, index[part]).mul_(rows[part]), 1, out=products[part])
     return products
+
+
+class _Rounds(NamedTuple):
+    """What all rounds but the arg-max of the last leave.
+
+    Attributes:
+        kernel: (N, K) exp(cosine / kappa).
+        ordered: kernel, pixels and starts of `clustering_cpu.first_sums`, where it took them.
+        sums: (C, K) over all pixels of all ranks. counts: (C,) pixels of each class.
+    """
+
+    kernel: Tensor
+    ordered: tuple[Tensor, Tensor, Tensor] | None
+    sums: Tensor
+    counts: Tensor
+
+
+def _rounds(own: Tensor, classes: Tensor, num_classes: int, kappa: float, iterations: int, total: Reduction) -> _Rounds:
+    kernel = (own * (1 / kappa)).exp_()
+    K = own.shape[1]
+    if clustering_cpu.takes(kernel):
+        *ordered, table = torch.ops.protoseg.first_sums(kernel, classes, num_classes)
+        table = total(table)  # C K+1
+        sums, counts = table[:, :K], table[:, K]
+        for _ in range(iterations - 1):
+            sums = total(torch.ops.protoseg.next_sums(ordered[0], ordered[2], sums))
+        return _Rounds(kernel, (ordered[0], ordered[1], ordered[2]), sums, counts)
+    kernel = kernel.contiguous()
+    segments, mine = classes.remainder(num_classes + 1), classes.clamp(min=0)  # no class: the last row, dropped
+    table = own.new_zeros(num_classes + 1, K + 1).index_add_(0, segments, F.pad(kernel, (0, 1), value=1.0))
+    table = total(table[:-1])  # C K+1
+    sums, counts = table[:, :K], table[:, K]
+    for _ in range(iterations - 1):
+        mass = kernel / (kernel * _factors(sums).index_select(0, mine)).sum(1, keepdim=True)
+        sums = total(own.new_zeros(num_classes + 1, K).index_add_(0, segments, mass)[:-1])
+    return _Rounds(kernel, None, sums, counts)
+
+
+def _factors(sums: Tensor) -> Tensor:
+    """(C, K) what gives every prototype of a class the same mass, relative to the class's mean."""
+    sums = sums.clamp(min=torch.finfo(sums.dtype).tiny)  # an absent class
+    return sums.mean(1, keepdim=True) / sums

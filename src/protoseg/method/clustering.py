@@ -117,10 +117,9 @@ def balanced_assignment(
 ) -> Tensor:
     """Eq. (3), (4): `sinkhorn`, then `hard_assignment`. (N,) in [0, K)."""
     if kernels.transport_plan_applies(own.dtype, kappa):
-        segments = _segments(classes, num_classes)
-        plan = kernels.transport_plan(own, segments, num_classes, kappa, iterations, total)
-    else:
-        plan = sinkhorn(own, classes, num_classes, kappa=kappa, iterations=iterations, total=total, largest=largest)
+        few, lone = (own.shape[1], False) if small_classes == "nearest" else (0, True)
+        return kernels.balanced_index(own, classes, num_classes, kappa, iterations, few, lone, total)
+    plan = sinkhorn(own, classes, num_classes, kappa=kappa, iterations=iterations, total=total, largest=largest)
     return hard_assignment(plan, own, classes, num_classes, small_classes=small_classes, total=total)
 
 

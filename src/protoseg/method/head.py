@@ -16,6 +16,7 @@ from protoseg.method.kmeans import kmeans_assignment
 from protoseg.method.losses import (
     Losses,
     check_labels,
+    draw_negatives,
     labelled_count,
     labelled_mass,
     pixel_prototype_contrast,
@@ -125,6 +126,10 @@ class PrototypeHead(nn.Module):
             `clustering.hard_assignment`.
         contrast_temperature: tau of Eq. (5). contrast_weight, distance_weight: lambda1, lambda2 of Eq. (7).
         contrast_siblings: whether the other prototypes of the own class are negatives of Eq. (5).
+        contrast_negatives: M, how many prototypes are drawn at each step, the same for all pixels and ranks, for the
+            pixels to see the other classes through in Eq. (5); the own class is always there. It is another loss, an
+            estimate with a small bias (`losses.pixel_prototype_contrast`), that saves the exponentials and one of two
+            tables of pixels by prototypes; the cross-entropy still needs all classes. None: all prototypes.
         reseed_after: steps a prototype may idle (less than a tenth of its share) while its class is seen, before it is
             set on the pixel of its class that is least like its own prototypes; None switches that off.
         align_corners: of the bilinear resize from scores to labels.
@@ -177,6 +182,12 @@ class PrototypeHead(nn.Module):
         self.contrast_temperature: float = settings["contrast_temperature"]
         self.contrast_weight: float = settings["contrast_weight"]
         self.contrast_siblings: bool = settings["contrast_siblings"]
+        self.contrast_negatives: int | None = settings["contrast_negatives"]
+        if self.contrast_negatives is not None and self.contrast_negatives > num_classes * num_prototypes:
+            raise ValueError(
+                f"contrast_negatives can draw at most the {num_classes} x {num_prototypes} prototypes there are, "
+                f"given {self.contrast_negatives}; None takes them all"
+            )
         self.distance_weight: float = settings["distance_weight"]
         self.reseed_after: int | None = settings["reseed_after"]
         self.align_corners: bool = settings["align_corners"]
@@ -286,6 +297,7 @@ class PrototypeHead(nn.Module):
                 temperature=self.contrast_temperature,
                 siblings=self.contrast_siblings,
                 num_prototypes=self.num_prototypes,
+                negatives=self._negatives(),
                 total=self._total,
             )
             ppd = pixel_prototype_distance(similarity, assignment, total=self._total)
@@ -306,6 +318,7 @@ class PrototypeHead(nn.Module):
             align_corners=self.align_corners,
             layer_norm=None if self.score_norm is None else self.score_norm.eps,
             predict=self.update_from == "correct",
+            negative_weight=self.num_classes * self.num_prototypes / (self.contrast_negatives or 1),
         )
         share = ranks_share(self._total)
         mass = labelled_mass(labels, self.ignore_index, self.class_weights, raw.dtype, self._total)
@@ -321,11 +334,18 @@ class PrototypeHead(nn.Module):
             label_share=share / mass,
             pixel_share=share / labelled_count(classes >= 0, raw.dtype, self._total),
             settings=settings,
+            negatives=self._negatives(),
         )
         total, ce, ppc, ppd, embedding, assignment, moving = kernels.one_pass(
             batch, lambda own, predicted: self._assign(own, predicted, classes, gumbel, raw)
         )
         return self._bundle(total, ce, ppc, ppd, assignment.view(size), embedding, moving)
+
+    def _negatives(self) -> Tensor | None:
+        if self.contrast_negatives is None:
+            return None
+        count = self.num_classes * self.num_prototypes
+        return draw_negatives(count, self.contrast_negatives, self.prototypes.device)
 
     @staticmethod
     def _bundle(
@@ -347,31 +367,38 @@ class PrototypeHead(nn.Module):
         C, K = self.num_classes, self.num_prototypes
         embedding = _joined([batch.embedding for batch in batches if batch.embedding is not None])
         moving = _joined([batch.moving for batch in batches if batch.moving is not None])
-        broken = torch.stack([~batch.total.detach().isfinite() for batch in batches]).any()
-        broken = ranks.total(broken.to(torch.int32)) > 0  # also where ranks move apart: none may drift alone
+        totals = [batch.total.detach() for batch in batches]
+        verdict = ranks.total(totals[0] if len(totals) == 1 else torch.stack(totals).sum())  # finite if all are: none
+        memory = [self.prototypes, self.weight, self.length, self.usage, self.idle]  # may drift alone
         sums, counts = assigned_sums(embedding, moving, C * K, self._total)
-        counts = torch.where(broken, 0, counts)
-        for part in _class_parts(self.prototypes):
-            rows = slice(part.start * K, part.stop * K)
-            prototypes, weight, length = momentum_step(
-                self.prototypes[part],
-                self.weight[part],
-                self.length[part],
-                sums[rows].to(self.prototypes.dtype),
-                counts[rows].to(self.weight.dtype),
-                momentum=self.momentum,
-                rule=self.momentum_rule,
-                count_cap=self.count_cap,
-            )
-            self.prototypes[part] = prototypes
-            self.weight[part] = weight
-            self.length[part] = length
+        fused = kernels.memory_steps_apply(*memory, embedding, verdict)
+        rule: dict[str, Any] = {"momentum": self.momentum, "rule": self.momentum_rule, "count_cap": self.count_cap}
+        if fused:
+            kernels.momentum_step_(*memory[:3], sums, counts, verdict, **rule)
+        else:
+            counts = torch.where(verdict.isfinite(), counts, 0)
+            for part in _class_parts(self.prototypes):
+                rows = slice(part.start * K, part.stop * K)
+                self.prototypes[part], self.weight[part], self.length[part] = momentum_step(
+                    self.prototypes[part],
+                    self.weight[part],
+                    self.length[part],
+                    sums[rows].to(self.prototypes.dtype),
+                    counts[rows].to(self.weight.dtype),
+                    **rule,
+                )
         if self.across_ranks == "average" and ranks.world_size() > 1:
             self.prototypes.copy_(unit(ranks.total(self.prototypes / ranks.world_size())))
         counts = counts if self.across_ranks == "exact" else ranks.total(counts)  # the log is one for all ranks
-        self._note_usage(counts.view(C, K).to(self.usage.dtype))
-        if self.reseed_after is not None:
-            self._reseed(embedding, moving, broken, self.reseed_after)
+        counts = counts.view(C, K).to(self.usage.dtype)
+        if fused:
+            kernels.usage_step_(*memory[3:], counts, verdict, USAGE_DECAY, DEAD_SHARE / K)
+        else:
+            self._note_usage(counts)
+        if self.reseed_after is not None and fused and ranks.world_size() == 1:
+            kernels.reseed_(embedding, moving, *memory, verdict, float(self.reseed_after))
+        elif self.reseed_after is not None:
+            self._reseed(embedding, moving, ~verdict.isfinite(), self.reseed_after)
 
     def distinctness(self) -> dict[str, float]:
         """How far the prototypes are from the collapse to one per class.
@@ -416,10 +443,12 @@ class PrototypeHead(nn.Module):
         else:
             index = self.assign(own, classes, C, small_classes=self.small_classes, **sinkhorn, **reduction)
             drawn = index
-        labelled = classes >= 0
-        moves = labelled & (predicted == classes) if self.update_from == "correct" else labelled
-        base = classes.clamp(min=0) * K
-        return torch.where(labelled, base + index, -1), torch.where(moves, base + drawn, -1)
+        void = classes < 0
+        given = torch.add(index, classes, alpha=K).masked_fill_(void, -1)
+        moving = given if drawn is index else torch.add(drawn, classes, alpha=K).masked_fill_(void, -1)
+        if self.update_from == "correct" and predicted is not None:
+            moving = moving.masked_fill(predicted != classes, -1)
+        return given, moving
 
     def _note_usage(self, counts: Tensor) -> None:
         present = counts.sum(1, keepdim=True) > 0  # C 1

@@ -45,12 +45,12 @@ def assigned_sums(
     Returns:
         (count, D) sums and (count,) counts.
     """
-    index = torch.where(prototype < 0, count, prototype)  # pixels without one go to a row that is dropped
     if kernels.segment_sums_apply():
-        sums = kernels.segment_sums(embedding, index, count)
+        sums, counts = kernels.segment_sums(embedding, prototype, count)
     else:
+        index = torch.where(prototype < 0, count, prototype)  # pixels without one go to a row that is dropped
         sums = embedding.new_zeros(count + 1, embedding.shape[1]).index_add_(0, index, embedding)[:count]
-    counts = embedding.new_zeros(count + 1).index_add_(0, index, embedding.new_ones(len(embedding)))[:count]
+        counts = embedding.new_zeros(count + 1).index_add_(0, index, embedding.new_ones(len(embedding)))[:count]
     if total is not ranks.total or ranks.world_size() == 1:
         return total(sums), total(counts)
     flat = total(torch.cat([sums, counts[:, None]], 1))  # one message for both
