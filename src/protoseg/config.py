@@ -143,6 +143,8 @@ class Head:
         contrast_weight: lambda1, weight of ppc in the loss, Eq. (7).
         distance_weight: lambda2, weight of the distance loss (ppd), Eq. (7).
         contrast_siblings: whether prototypes of the same class are pushed away too.
+        contrast_negatives: how many prototypes are drawn at each step for the contrast loss; default all. Changes the
+            loss; for thousands of classes.
         reseed_after: steps a prototype may go unused before it is placed anew.
     """
 
@@ -166,6 +168,7 @@ class Head:
     contrast_weight: float | None = None
     distance_weight: float | None = None
     contrast_siblings: bool | None = None
+    contrast_negatives: int | None = None
     reseed_after: int | None = None
 
 

@@ -5,6 +5,7 @@ data-parallel training averages gradients over ranks. Without a labelled pixel a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -122,6 +123,13 @@ def segmentation_cross_entropy(
     return ranks_share(total) * summed / labelled_mass(labels, ignore_index, class_weights, scores.dtype, total)
 
 
+def draw_negatives(count: int, number: int, device: torch.device) -> Tensor:
+    """(number,) different prototypes out of [0, count), every set equally likely: drawn by torch's generator of the
+    first rank and the same on every rank, which must all call it."""
+    drawn = torch.randperm(count, device=device)[:number]
+    return ranks.total(drawn if ranks.rank() == 0 else torch.zeros_like(drawn))
+
+
 def pixel_prototype_contrast(
     similarity: Tensor,
     target: Tensor,
@@ -129,18 +137,28 @@ def pixel_prototype_contrast(
     temperature: float = 0.1,
     siblings: bool = True,
     num_prototypes: int = 1,
+    negatives: Tensor | None = None,
     total: Reduction = ranks.total,
 ) -> Tensor:
     """Eq. (5), PPC: a pixel is nearer to its prototype than to all others, mean of -log softmax(x . p / tau)[target].
+
+    With `negatives` the other classes' part of the softmax's sum is estimated from M drawn prototypes (the estimate of
+    Horvitz and Thompson): own class + C*K/M * sum over the drawn ones of other classes of exp(x . p / tau). Each
+    prototype is drawn with probability M / (C*K), so the sum is right in expectation, and exact with M = C*K. The loss
+    is its logarithm, which is concave: on average it is too small, by about Var(sum) / (2 sum^2), which falls to 0 as
+    M grows; the gradient has a bias of the same order.
 
     Args:
         similarity: (N, C*K) cosine of every pixel with every prototype.
         target: (N,) the prototype a pixel was given, in [0, C*K), or -1.
         temperature: tau (paper: 0.1).
         siblings: whether the other prototypes of the pixel's own class are negatives, as in the paper.
-        num_prototypes: K, needed where `siblings` is false.
+        num_prototypes: K, needed where `siblings` is false or with `negatives`.
+        negatives: (M,) prototypes from `draw_negatives`; None: all.
     """
     logits = similarity / temperature
+    if negatives is not None:
+        return _sampled_contrast(logits, target, siblings, num_prototypes, negatives, total)
     labelled = target >= 0
     index = target.clamp(min=0)[:, None]  # N 1
     positive = logits.gather(1, index)  # N 1
@@ -150,6 +168,21 @@ def pixel_prototype_contrast(
         logits = logits.masked_fill(rivals, -torch.inf)
         logits = torch.cat([logits, positive], 1)
     return mean_over_labelled(logits.logsumexp(1) - positive.squeeze(1), labelled, total)
+
+
+def _sampled_contrast(
+    logits: Tensor, target: Tensor, siblings: bool, num_prototypes: int, negatives: Tensor, total: Reduction
+) -> Tensor:
+    labelled = target >= 0
+    index = target.clamp(min=0)[:, None]  # N 1
+    positive = logits.gather(1, index)  # N 1
+    owner = index // num_prototypes  # N 1
+    kept = positive
+    if siblings:
+        kept = logits.gather(1, owner * num_prototypes + torch.arange(num_prototypes, device=logits.device))  # N K
+    drawn = logits[:, negatives] + math.log(logits.shape[1] / len(negatives))  # N M
+    drawn = drawn.masked_fill((negatives // num_prototypes)[None] == owner, -torch.inf)
+    return mean_over_labelled(torch.cat([kept, drawn], 1).logsumexp(1) - positive.squeeze(1), labelled, total)
 
 
 def pixel_prototype_distance(similarity: Tensor, target: Tensor, *, total: Reduction = ranks.total) -> Tensor:

@@ -23,6 +23,7 @@ DEFAULT: dict[str, Any] = {
     "contrast_temperature": 0.1,
     "contrast_weight": 0.01,
     "contrast_siblings": True,
+    "contrast_negatives": None,
     "distance_weight": 0.01,
     "reseed_after": 200,
     "align_corners": False,
@@ -48,6 +49,7 @@ REFERENCE: dict[str, Any] = {
     "contrast_temperature": 1.0,
     "contrast_weight": 0.01,
     "contrast_siblings": True,
+    "contrast_negatives": None,
     "distance_weight": 0.001,
     "reseed_after": None,
     "align_corners": True,
@@ -99,7 +101,7 @@ def settle(preset: str, named: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} must not be negative, given {settings[name]}")
     if not 0 <= settings["momentum"] <= 1:
         raise ValueError(f"momentum must lie in [0, 1], given {settings['momentum']}")
-    for name in ("sinkhorn_iterations", "reseed_after"):
+    for name in ("sinkhorn_iterations", "contrast_negatives", "reseed_after"):
         if settings[name] is not None and settings[name] < 1:
             raise ValueError(f"{name} must be at least 1, given {settings[name]}")
     return settings
