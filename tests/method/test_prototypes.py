@@ -34,7 +34,7 @@ def move(state, x, ids, **named):
 
 
 @pytest.mark.parametrize("rule", ["constant", "bias_corrected", "count_aware"])
-@pytest.mark.parametrize("start", ["random", "data"])
+@pytest.mark.parametrize("start", ["nested", "random", "data"])
 def test_the_memory_moves_as_the_loop_over_prototypes(rule, start):
     mu, cap = 0.9, 7.0
     weight = starting_weight(start, mu, rule, cap)
@@ -120,7 +120,7 @@ def test_sums_and_counts_leave_out_void():
     assert_close(sums, torch.stack([x[3], x[0] + x[2], torch.zeros(3, dtype=torch.float64)]))
 
 
-@pytest.mark.parametrize("start", ["random", "data", "truncated_normal"])
+@pytest.mark.parametrize("start", ["nested", "random", "data", "truncated_normal"])
 @pytest.mark.parametrize(("classes", "k", "d"), [(3, 4, 16), (2, 1, 3), (19, 10, 64), (5, 2, 1)])
 def test_a_start_is_unit_vectors_of_the_right_shape(start, classes, k, d):
     vectors = starting_vectors(classes, k, d, start)
@@ -131,6 +131,21 @@ def test_a_start_is_unit_vectors_of_the_right_shape(start, classes, k, d):
 def test_a_random_start_is_orthogonal_where_there_is_room():
     flat = starting_vectors(3, 4, 12, "random").flatten(0, 1)
     assert_close(flat @ flat.T, torch.eye(12), rtol=0, atol=1e-5)
+
+
+def test_nested_prototypes_stay_near_their_class_and_classes_apart():
+    torch.manual_seed(0)
+    vectors = starting_vectors(11, 10, 128, "nested").double()
+    centre = unit(vectors.mean(1))
+    near = (vectors * centre[:, None]).sum(-1)
+    assert near.min() > 0.7
+    within = pairwise_cosine(vectors)
+    assert_close(within, torch.full_like(within, 0.64), atol=0.03, rtol=0)
+    between = (centre @ centre.T).fill_diagonal_(0).abs()
+    assert between.max() < 0.2
+    assert (vectors[0] @ vectors[1].T).abs().max() < 0.64  # every sibling is nearer than any other class
+    alone = starting_vectors(11, 1, 128, "nested").flatten(0, 1)
+    assert_close(alone @ alone.T, torch.eye(11), atol=1e-5, rtol=0)
 
 
 def test_pairwise_cosine_is_the_loop_over_pairs():

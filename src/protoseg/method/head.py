@@ -119,8 +119,8 @@ class PrototypeHead(nn.Module):
         update_from: `all` labelled pixels, or only those classified `correct`ly.
         across_ranks: `exact`: sums and counts over all ranks, equal to one process with the whole batch; `average`:
             each rank clusters and moves by itself, then the prototypes are averaged (the reference).
-        start: `random` near-orthogonal vectors; `data`: the first pixels of a prototype replace them;
-            `truncated_normal`.
+        start: `nested` around near-orthogonal directions of the classes; `random` near-orthogonal vectors; `data`: the
+            first pixels of a prototype replace them; `truncated_normal`.
         momentum: mu of Eq. (8). momentum_rule, count_cap: see `prototypes.momentum_step`.
         kappa, sinkhorn_iterations: of Eq. (4); `kmeans` takes the iterations too. small_classes: see
             `clustering.hard_assignment`.

@@ -69,7 +69,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "score_norm": ("none", "layer_norm"),
     "update_from": ("all", "correct"),
     "across_ranks": ("exact", "average"),
-    "start": ("random", "data", "truncated_normal"),
+    "start": ("nested", "random", "data", "truncated_normal"),
     "momentum_rule": ("constant", "bias_corrected", "count_aware"),
     "label_sampling": ("nearest-exact", "nearest"),
     "small_classes": ("nearest", "plan"),

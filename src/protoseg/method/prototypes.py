@@ -4,6 +4,7 @@ Functions from tensors to tensors; the head owns the buffers and writes them in 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -14,23 +15,33 @@ from protoseg.method import ranks
 from protoseg.method.clustering import Reduction
 from protoseg.method.similarity import unit
 
-Start = Literal["random", "data", "truncated_normal"]
+Start = Literal["nested", "random", "data", "truncated_normal"]
 MomentumRule = Literal["constant", "bias_corrected", "count_aware"]
+NESTED = 0.8  # cosine of a nested prototype with its class's direction; 0.64 with its siblings
 
 
 def starting_vectors(num_classes: int, num_prototypes: int, dim: int, start: Start = "random") -> Tensor:
     """(C, K, D) unit vectors to begin with.
 
     `random` and `data` give near-orthogonal directions: exactly orthogonal within blocks of D vectors, so that no two
-    classes start alike (with `data` they only break the first tie; the first pixels replace them).
-    `truncated_normal` is the 2022 code's start.
+    classes start alike (with `data` they only break the first tie; the first pixels replace them). `nested` gives such
+    a direction to every class and spreads its prototypes around it, so that the network is asked to part classes from
+    the start but not the prototypes of one. `truncated_normal` is the 2022 code's start.
     """
     if start == "truncated_normal":
         vectors = nn.init.trunc_normal_(torch.empty(num_classes, num_prototypes, dim), std=0.02)
         return unit(vectors)
-    count = num_classes * num_prototypes
+    if start != "nested" or num_prototypes == 1 or dim == 1:
+        return _near_orthogonal(num_classes * num_prototypes, dim).view(num_classes, num_prototypes, dim)
+    centre = _near_orthogonal(num_classes, dim)[:, None]  # C 1 D
+    aside = torch.randn(num_classes, num_prototypes, dim)
+    aside = unit(aside - (aside * centre).sum(-1, keepdim=True) * centre)
+    return unit(NESTED * centre + math.sqrt(1 - NESTED**2) * aside)
+
+
+def _near_orthogonal(count: int, dim: int) -> Tensor:
     blocks = [nn.init.orthogonal_(torch.empty(min(dim, count - i), dim)) for i in range(0, count, dim)]
-    return unit(torch.cat(blocks)).view(num_classes, num_prototypes, dim)
+    return unit(torch.cat(blocks))
 
 
 def assigned_sums(
