@@ -62,44 +62,30 @@ def epoch_order(items: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[n
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0, 1]))).permutation(items)
 
 
-class ResumableLoader(DataLoader[Sample]):
-    """A loader whose place is saved with the checkpoint. One iteration is one epoch; epochs do not end.
+class Place:
+    """How far batches of an order have been handed out, to be saved with a checkpoint and continued from.
 
     Lightning alone replays batches after a restart. Here the main process counts the batches it has handed out, and
     `state_dict` is that place in items, so that it means the same on another number of ranks.
     """
 
-    batch_sampler: BatchOrder
+    order: BatchOrder
+    consumed: int = 0
+    _resume: tuple[int, int] | None = None
 
-    def __init__(self, dataset: SegmentationDataset, order: BatchOrder, workers: int) -> None:
-        super().__init__(
-            dataset,
-            batch_sampler=order,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            timeout=PATIENCE if workers > 0 else 0,
-            generator=torch.Generator().manual_seed(order.seed),  # else each epoch draws from the global state
-        )
-        self.consumed = 0
-        self._resume: tuple[int, int] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # First of all, the place: Lightning stops at len() and never runs what stands after the loop.
-        order = self.batch_sampler
+    def _begin(self) -> BatchOrder:
+        """Set the order to what the next iteration gives: the rest of a resumed epoch, or the next one."""
+        order = self.order
         order.epoch, order.start = self._resume or (order.epoch + 1, 0)
         self._resume, self.consumed = None, order.start
-        for batch in _plain_errors(super().__iter__()):
-            self.consumed += 1
-            yield batch
+        return order
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return len(self.order)
 
     def state_dict(self) -> dict[str, int]:
         """The place as plain numbers: epoch, items of it that were handed out, and what they depend on."""
-        order = self.batch_sampler
+        order = self.order
         place = self._resume or (max(order.epoch, 0), self.consumed)
         return {
             "epoch": place[0], "items_done": place[1] * order.batch * order.world, "seed": order.seed,
@@ -112,7 +98,7 @@ class ResumableLoader(DataLoader[Sample]):
         Raises:
             UserError: the data or the seed are not those of the checkpoint, or the place is not on a global batch.
         """
-        order = self.batch_sampler
+        order = self.order
         for name, now in (("items", order.items), ("seed", order.seed)):
             if state[name] != now:
                 what = "training pairs" if name == "items" else "seed"
@@ -127,6 +113,29 @@ class ResumableLoader(DataLoader[Sample]):
                 f"{order.batch * order.world * order.accumulate} ends at; resume with the same batch_size"
             )
         self._resume = (state["epoch"] + 1, 0) if done >= len(order) else (state["epoch"], done)
+
+
+class ResumableLoader(Place, DataLoader[Sample]):
+    """A loader whose place is saved with the checkpoint. One iteration is one epoch; epochs do not end."""
+
+    def __init__(self, dataset: SegmentationDataset, order: BatchOrder, workers: int) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            timeout=PATIENCE if workers > 0 else 0,
+            generator=torch.Generator().manual_seed(order.seed),  # else each epoch draws from the global state
+        )
+        self.order = order
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self._begin()  # first of all: Lightning stops at len() and never runs what stands after the loop
+        for batch in _plain_errors(super().__iter__()):
+            self.consumed += 1
+            yield batch
 
 
 class EvaluationLoader(DataLoader[Sample]):

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -113,7 +114,7 @@ def forget_signals(_: int) -> None:
 
 
 class Checkpoints(Checkpoint):
-    """Writes `path` every so many optimiser steps, before each validation, at the end and when asked to stop.
+    """Writes `path` every so many optimiser steps or minutes, before validations, at the end and when asked to stop.
 
     Only the state between two steps is ever written: that is what makes a resumed run equal to an uninterrupted one.
     An exception between two steps (a loader that dies) also leaves a checkpoint; one inside a step (out of memory)
@@ -122,19 +123,30 @@ class Checkpoints(Checkpoint):
     Args:
         path: of the checkpoint file.
         every: optimiser steps; 0: only where the others ask.
+        minutes: since the last write, by the clock; 0: no matter how many.
         validate_every: optimiser steps between validations; a checkpoint precedes each, so that none is lost.
         stop: what the signal handlers fill in.
         settings: plain data a resumed run must agree with; kept in the checkpoint.
     """
 
-    def __init__(self, path: Path, every: int, validate_every: int, stop: StopRequest, settings: dict[str, Any]):
+    def __init__(
+        self,
+        path: Path,
+        every: int,
+        validate_every: int,
+        stop: StopRequest,
+        settings: dict[str, Any],
+        minutes: float = 0.0,
+    ):
         self.path = path
         self.every = every
+        self.minutes = minutes
         self.validate_every = validate_every
         self.stop = stop
         self.settings = settings
         self._seen = self._saved = -1
         self._between_steps = True
+        self._clock = time.monotonic()  # of the last write
 
     def state_dict(self) -> dict[str, Any]:
         return {"settings": self.settings}
@@ -142,6 +154,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop.install()  # Lightning has put its own handler for SIGTERM in the place of ours
         self._seen = self._saved = trainer.global_step
+        self._clock = time.monotonic()
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._between_steps = False
@@ -151,8 +164,8 @@ class Checkpoints(Checkpoint):
             return  # a micro-batch: gradients are half summed, nothing to continue from
         self._seen = step = trainer.global_step
         self._between_steps = True
-        stop = self.must_stop(trainer)
-        if stop or step >= trainer.max_steps or is_due(step, self.every) or is_due(step, self.validate_every):
+        stop, late = self.must_stop(trainer), self.is_late(trainer)
+        if stop or late or step >= trainer.max_steps or is_due(step, self.every) or is_due(step, self.validate_every):
             self.save(trainer)
         if stop:
             raise self.interrupted(trainer)
@@ -166,6 +179,13 @@ class Checkpoints(Checkpoint):
                 self.stop.signal = signal.SIGTERM
         return asked
 
+    def is_late(self, trainer: Trainer) -> bool:
+        """Whether the last write is `minutes` ago on any rank; clocks differ, so all ranks call this together."""
+        late = 0 < 60 * self.minutes <= time.monotonic() - self._clock
+        if self.minutes and trainer.world_size > 1:
+            late = trainer.strategy.reduce_boolean_decision(late, all=False)
+        return late
+
     def interrupted(self, trainer: Trainer) -> Interrupted:
         if trainer.is_global_zero:
             name = signal.Signals(self.stop.signal or signal.SIGTERM).name
@@ -175,6 +195,7 @@ class Checkpoints(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)  # optimiser and loader as well
         self._saved = trainer.global_step
+        self._clock = time.monotonic()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # with several ranks a checkpoint needs all of them, and at least one is gone

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -58,6 +60,21 @@ class SegmentationModule(LightningModule):
         self.register_buffer("failures", torch.zeros((), dtype=torch.int64))
         self.register_buffer("longest", torch.zeros((), dtype=torch.int64), persistent=False)
 
+    def compile_network(self) -> None:
+        """Let torch.compile fuse backbone and decoder from the first training step on; the head has its own kernels.
+
+        In place: names of parameters, and so what is saved, stay as they are. Validation, whose pictures may have any
+        size, goes on without.
+
+        Raises:
+            UserError: no C++ compiler for a network on the CPU.
+        """
+        compilers = (os.environ.get("CXX", "g++"), "clang++")
+        if not torch.cuda.is_available() and not any(map(shutil.which, compilers)):
+            raise UserError(f"compile needs a C++ compiler ({', '.join(compilers)}); install one or set compile false")
+        for part in (self.model.backbone, self.model.decoder):
+            part.compile(dynamic=False)
+
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.optim)
         schedule = build_schedule(optimizer, self.optim, self.steps)
@@ -108,7 +125,8 @@ class SegmentationModule(LightningModule):
             `val/miou`, `val/pixel_accuracy`, `val/mean_accuracy`, `val/classes` (how many the mean is over); with a
             prototype head also `prototypes/pairwise_cosine` and `prototypes/used`.
         """
-        scores = score(self.model, batches, self.evaluation)
+        with torch.compiler.set_stance("force_eager"):
+            scores = score(self.model, batches, self.evaluation)
         overlap = scores.overlap
         metrics = {
             "val/miou": overlap.miou,

@@ -37,12 +37,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from protoseg.config import Data, DataError, Recipe, UserError
-from protoseg.data import catalog, loading, transforms
+from protoseg.data import catalog, loading, resident, transforms
 from protoseg.data.catalog import Source
 from protoseg.data.dataset import SegmentationDataset
+from protoseg.data.resident import ResidentLoader
 from protoseg.engine import optim, windows
 from protoseg.engine.averaging import WeightAverage
 from protoseg.engine.checkpoints import (
@@ -63,7 +63,7 @@ LAST = Path("checkpoints", "last.ckpt")
 # `evaluation` changes later validations; the rest changes no number.
 FREE = (
     *("steps", "out", "resume", "devices", "nodes", "micro_batch", "accelerator"),
-    *("val_every", "checkpoint_every", "log_every", "evaluation"),
+    *("val_every", "checkpoint_every", "checkpoint_minutes", "log_every", "evaluation"),
     *("data.root", "data.file", "data.workers", "data.cache", "data.max_pixels"),
     *("model.pretrained", "model.weights"),
 )
@@ -103,6 +103,8 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
     seed_everything(recipe.seed, verbose=False)
     segmenter = build(recipe.model, recipe.head, training.labels.num_classes, training.labels.ignore_index)
     module = SegmentationModule(segmenter, recipe.optim, recipe.steps, seed=recipe.seed, evaluation=recipe.evaluation)
+    if recipe.compile:
+        module.compile_network()
     loader = training_batches(recipe, training, machine)
     if machine.rank == 0:  # all settings have been checked by now: nothing half-written is left behind
         start_folder(recipe, run, machine, training, validation)
@@ -111,9 +113,11 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
     stop = StopRequest()
     terminal = on_terminal()
     reporter = Reporter(run / "metrics.csv", recipe.log_every, start, lines=not terminal)
-    checkpoints = Checkpoints(run / LAST, recipe.checkpoint_every, recipe.val_every, stop, settings)
+    checkpoints = Checkpoints(
+        run / LAST, recipe.checkpoint_every, recipe.val_every, stop, settings, recipe.checkpoint_minutes
+    )
     average = WeightAverage(recipe.ema) if recipe.ema else None
-    loaders: list[DataLoader[Any]] = [loader.loader]
+    loaders: list[Any] = [loader.loader]
     callbacks: list[Callback] = [average] if average else []
     callbacks += [reporter, checkpoints]
     if validation is not None:
@@ -181,6 +185,11 @@ class Machine:
     def world(self) -> int:
         return self.devices * self.nodes
 
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's network is."""
+        return torch.device("cpu") if self.accelerator == "cpu" else torch.device("cuda", self.rank % self.devices)
+
     @classmethod
     def of(cls, recipe: Recipe) -> Machine:
         """The machine a recipe asks for, refused where it is not there or the global batch does not divide.
@@ -234,8 +243,8 @@ def check(recipe: Recipe) -> None:
     """
     if recipe.steps < 1:
         raise UserError(f"steps must be at least 1, given {recipe.steps}")
-    for name in ("val_every", "checkpoint_every", "log_every", "seed"):
-        if getattr(recipe, name) < 0:
+    for name in ("val_every", "checkpoint_every", "checkpoint_minutes", "log_every", "seed"):
+        if not getattr(recipe, name) >= 0:
             raise UserError(f"{name} must not be negative, given {getattr(recipe, name)}")
     optim.check(recipe.optim)
     windows.check(recipe.evaluation)
@@ -377,7 +386,7 @@ class Stream:
     Lightning takes an optimiser step at the end of each epoch, complete or not; it must see none before the last step.
     """
 
-    def __init__(self, loader: loading.ResumableLoader, length: int):
+    def __init__(self, loader: loading.ResumableLoader | ResidentLoader, length: int):
         self.loader = loader
         self.length = length
 
@@ -396,7 +405,18 @@ class Stream:
 
 
 def training_batches(recipe: Recipe, source: Source, machine: Machine) -> Stream:
-    """All micro-batches of this rank."""
+    """All micro-batches of this rank.
+
+    Raises:
+        DataError: `data.resident`, and a picture that cannot be used or no room for all of them.
+    """
+    if recipe.data.resident:
+        order = loading.BatchOrder(
+            len(source), machine.micro_batch, recipe.seed, machine.rank, machine.world, machine.accumulate
+        )
+        pictures = resident.load(source, machine.device, recipe.data.workers)
+        here = ResidentLoader(source, pictures, recipe.data, order, recipe.data.workers)
+        return Stream(here, recipe.steps * machine.accumulate)
     loader = loading.training_loader(
         SegmentationDataset(source, transforms.training(recipe.data, source.labels, recipe.seed)),
         batch=machine.micro_batch,
@@ -410,7 +430,7 @@ def training_batches(recipe: Recipe, source: Source, machine: Machine) -> Stream
     return Stream(loader, recipe.steps * machine.accumulate)
 
 
-def close(loader: DataLoader[Any]) -> None:
+def close(loader: Any) -> None:
     """End the loader's processes now. Left to the garbage collector after an exception they may linger for seconds."""
     iterator: Any = getattr(loader, "_iterator", None)  # of persistent workers; torch has no public way to them
     if hasattr(iterator, "_shutdown_workers"):
