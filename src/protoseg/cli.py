@@ -391,7 +391,7 @@ def varied(recipe: Path) -> Callable[[dict[str, Any]], Recipe]:
             for section in sections:
                 level = level.setdefault(section, {})
             level[last] = value
-        return recipe_of(parser.instantiate(parser.parse_object(nested, cfg_base=base.clone())))
+        return recipe_of(parser.instantiate(parser.parse_object(nested, namespace=base.clone())))
 
     return build
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -51,6 +51,6 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     return Estimate(mean, deviation, mean - reach, mean + reach, n)
 
 
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> dict[int, float]:
-    """`ours` less `theirs` for every seed that both have, by seed."""
-    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+def less(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+    """`ours` less `theirs` for every name that both have."""
+    return {name: ours[name] - theirs[name] for name in ours if name in theirs}

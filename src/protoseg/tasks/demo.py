@@ -11,7 +11,6 @@ import base64
 import csv
 import io
 import shutil
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from protoseg.engine.drawing import colourise, legend, overlay, panels, shades, 
 from protoseg.engine.looks import Looks, chosen_prototypes, find_looks, similarities
 from protoseg.tasks.evaluation import evaluate, percent
 from protoseg.tasks.files import write_whole
+from protoseg.tasks.pages import rendered
 from protoseg.tasks.prediction import Predictor, load
 from protoseg.tasks.training import train
 
@@ -228,12 +228,8 @@ def render(
     seed: int,
 ) -> str:
     """The page as one string: pictures, styles and all inside, nothing fetched from anywhere."""
-    import jinja2
-
-    template = (resources.files("protoseg.tasks") / "report" / "demo.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"percent": percent}
-    return environment.from_string(template).render(
+    return rendered(
+        "demo.html.j2",
         softmax=reports["softmax"],
         prototypes=reports["prototypes"],
         signed=signed,

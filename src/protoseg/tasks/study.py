@@ -17,63 +17,40 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
-import itertools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
-from protoseg.config import Recipe, Study, UserError
-from protoseg.tasks import study_report, training
-from protoseg.tasks.files import write_whole
-from protoseg.tasks.study_cell import evaluation_file, note, read_state
-
-SETTABLE = ("out", "seed", "resume")  # the study's own business
-# Change no number, or only where it is computed: a cell may be continued on another machine. `model.weights` is where
-# the weights lie; whether there are any is compared.
-NEUTRAL = (
-    *("out", "resume", "accelerator", "devices", "nodes", "val_every", "checkpoint_every", "log_every"),
-    *("data.root", "data.file", "data.workers", "data.cache", "data.max_pixels", "model.weights", "model.pretrained"),
+from protoseg.config import Study, UserError
+from protoseg.tasks import study_report
+from protoseg.tasks.evaluation import percent
+from protoseg.tasks.study_cell import note, read_state
+from protoseg.tasks.study_plan import (
+    Build,
+    Cell,
+    cells_of,
+    check_kept,
+    fingerprint,
+    is_done,
+    keep,
+    settings_of,
+    variants_of,
 )
+
 LOG = "cell.log"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the study.
-
-    Args:
-        variant, seed: which.
-        recipe: the whole run; its `out` is the cell's folder.
-    """
-
-    variant: str
-    seed: int
-    recipe: Recipe
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant}/seed{self.seed}"
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.recipe.out)
 
 
 def study(
     folder: Path,
     plan: Study,
-    build: Callable[[dict[str, Any]], Recipe],
+    build: Build,
     *,
     workers: int = 1,
     threads: int = 0,
@@ -122,136 +99,6 @@ def study(
     written = study_report.write(folder, plan, variants, [(cell.variant, cell.seed, cell.folder) for cell in cells])
     print(f"\n{written['text']}\nreport: {written['page']}")
     return code
-
-
-def variants_of(plan: Study) -> dict[str, dict[str, Any]]:
-    """Name -> dotted settings of every variant, those of the grid named by their values.
-
-    Raises:
-        UserError: no variant, two of one name, a name that is no folder name, a baseline that is no variant.
-    """
-    found = dict(plan.variants)
-    for setting, values in plan.grid.items():
-        if not isinstance(values, list) or not values:
-            raise UserError(f"grid: {setting} needs a list of values, given {values!r}")
-    short = {setting: setting.rpartition(".")[2] for setting in plan.grid}
-    if len(set(short.values())) < len(short):
-        short = {setting: setting for setting in plan.grid}
-    if plan.grid:
-        for combination in itertools.product(*plan.grid.values()):
-            chosen = dict(zip(plan.grid, combination))
-            name = ",".join(f"{short[setting]}={_word(value)}" for setting, value in chosen.items())
-            if name in found:
-                raise UserError(f"grid: the combination {name} is already a variant; rename or remove one")
-            found[name] = chosen
-    if not found:
-        raise UserError("the study has no variants; give `variants` or a `grid`")
-    for name in found:
-        if not re.fullmatch(r"[\w+=,-][\w.+=,-]*", name):
-            raise UserError(f"variant {name!r} becomes a folder: use letters, digits and . _ + = , - only")
-    for name in plan.baselines:
-        if name not in found:
-            raise UserError(f"baseline {name!r} is no variant; there are {', '.join(found)}")
-    return found
-
-
-def _word(value: Any) -> str:
-    return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
-
-
-def cells_of(
-    folder: Path, plan: Study, variants: dict[str, dict[str, Any]], build: Callable[[dict[str, Any]], Recipe]
-) -> list[Cell]:
-    """Every cell, all variants of a seed before the next seed: pairs are complete early.
-
-    Raises:
-        UserError: settings that do not exist or do not fit together; names the variant.
-    """
-    if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds) or min(plan.seeds) < 0:
-        raise UserError(f"seeds must be different numbers from 0 on, given {list(plan.seeds)}")
-    for column, what in plan.evaluate.items():
-        if not re.fullmatch(r"\w[\w.-]*", column) or not re.fullmatch(r"[\w.-]+(/[^*/]+\*)?", what):
-            raise UserError(f"evaluate: {column}: {what} is not `COLUMN: SPLIT` or `COLUMN: SPLIT/BEGINNING*`")
-    recipes = {}
-    for name, settings in variants.items():
-        for setting in (*settings, *plan.overrides):
-            if setting in SETTABLE:
-                raise UserError(f"variant {name}: {setting} is set by the study itself; remove it")
-        try:
-            recipe = build({**plan.overrides, **settings})
-            training.check(recipe)
-        except UserError as fault:
-            raise type(fault)(f"variant {name}: {fault}") from fault
-        if recipe.devices != 1 or recipe.nodes != 1:
-            raise UserError(f"variant {name}: a cell runs in one process on one device; set devices and nodes to 1")
-        recipes[name] = recipe
-    return [
-        Cell(name, seed, dataclasses.replace(recipe, seed=seed, out=str(folder / name / f"seed{seed}"), resume=""))
-        for seed in plan.seeds
-        for name, recipe in recipes.items()
-    ]
-
-
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What a cell's numbers depend on, flat; None of it is a path."""
-    kept = {name: value for name, value in training.flat(dataclasses.asdict(recipe)).items() if name not in NEUTRAL}
-    weights = recipe.model.pretrained or bool(recipe.model.weights)
-    return {**json.loads(json.dumps(kept)), "pretrained weights": weights}
-
-
-def fingerprint(settings: dict[str, Any]) -> str:
-    """A short hash of the settings that differ from the defaults: new settings of later versions leave it alone."""
-    usual = settings_of(Recipe())
-    given = {name: value for name, value in sorted(settings.items()) if usual.get(name) != value}
-    return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:12]
-
-
-def check_kept(cell: Cell) -> None:
-    """Refuse to mix two experiments in one folder.
-
-    Raises:
-        UserError: the cell began with other settings; names them. Or its folder holds a run that is no cell.
-    """
-    kept = read_state(cell.folder).get("settings")
-    if kept is None:
-        if (cell.folder / "config.yaml").is_file():
-            raise UserError(f"{cell.folder} holds a run that is no part of a study; choose another NAME or remove it")
-        return
-    usual = settings_of(Recipe())  # of settings that did not exist when the cell began
-    changed = [
-        f"{name} was {kept.get(name, usual.get(name))!r}, now {value!r}"
-        for name, value in settings_of(cell.recipe).items()
-        if kept.get(name, usual.get(name)) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{cell.folder} was run with other settings: {'; '.join(changed)}. "
-            "Put them back, choose another NAME or another variant's name, or remove that folder"
-        )
-
-
-def keep(folder: Path, plan: Study, build: Callable[[dict[str, Any]], Recipe]) -> None:
-    """Write `recipe.yaml` and a `study.yaml` that refers to it: the folder is enough to go on from."""
-    # without the overrides: study.yaml holds those
-    recipe = json.loads(json.dumps(dataclasses.asdict(build({}))))
-    content = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(plan, recipe="recipe.yaml"))))
-    _write_yaml(folder / "recipe.yaml", f"# the recipe of the study {folder.name}\n", recipe)
-    _write_yaml(folder / "study.yaml", f"# protoseg study {folder.name}\n", content)
-
-
-def _write_yaml(path: Path, header: str, content: Any) -> None:
-    text = header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write_whole(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
-
-
-def is_done(cell: Cell, plan: Study) -> bool:
-    """Trained, and evaluated as the study asks today."""
-    state = read_state(cell.folder)
-    evaluated = state.get("evaluated", {})
-    return bool(state.get("trained")) and all(
-        evaluated.get(column) == what and evaluation_file(cell.folder, column).is_file()
-        for column, what in plan.evaluate.items()
-    )
 
 
 def claim_file(folder: Path, cell: Cell) -> Path:
@@ -332,7 +179,7 @@ def run_cells(folder: Path, cells: list[Cell], plan: Study, workers: int, thread
         while waiting or running:
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
-                failed += not finish(one, stopped=bool(signals.came))
+                failed += not finish(one, plan, stopped=bool(signals.came))
                 one.lock.close()
             if signals.came:
                 waiting.clear()
@@ -340,7 +187,7 @@ def run_cells(folder: Path, cells: list[Cell], plan: Study, workers: int, thread
             while waiting and len(running) < workers:
                 cell = waiting.pop(0)
                 device = least_busy(devices, running)
-                started = start(folder, cell, plan, threads, device)
+                started = start(folder, cell, plan, workers, threads, device)
                 if started is None:
                     elsewhere += not is_done(cell, plan)
                 else:
@@ -361,7 +208,7 @@ def least_busy(devices: Sequence[str], running: list[Running]) -> str | None:
     return min(devices, key=lambda device: sum(one.device == device for one in running), default=None)
 
 
-def start(folder: Path, cell: Cell, plan: Study, threads: int, device: str | None) -> Running | None:
+def start(folder: Path, cell: Cell, plan: Study, workers: int, threads: int, device: str | None) -> Running | None:
     """Claim a cell and start its process; None where another process has it, or has just done it."""
     if (lock := claim(folder, cell)) is None:
         return None
@@ -378,6 +225,7 @@ def start(folder: Path, cell: Cell, plan: Study, threads: int, device: str | Non
         settings=settings,
         recipe=json.loads(json.dumps(dataclasses.asdict(cell.recipe))),
         columns=plan.evaluate,
+        workers=workers,
         state="starting",
         error=None,
     )
@@ -398,12 +246,12 @@ def start(folder: Path, cell: Cell, plan: Study, threads: int, device: str | Non
     return Running(cell, process, lock, device, time.monotonic())
 
 
-def finish(one: Running, stopped: bool) -> bool:
+def finish(one: Running, plan: Study, stopped: bool) -> bool:
     """Say how a cell ended, and keep it where it failed; False if it did."""
     code, cell = one.process.returncode, one.cell
     took = f"{time.monotonic() - one.began:.0f} s"
     if code == 0:
-        print(f"{cell.name}: done in {took}", flush=True)
+        print(f"{cell.name}: done in {took}{scores(one, plan)}", flush=True)
         return True
     if stopped:
         print(f"{cell.name}: stopped after {took}", flush=True)
@@ -414,6 +262,16 @@ def finish(one: Running, stopped: bool) -> bool:
     note(cell.folder, state="failed", error=error[:500])
     print(f"{cell.name}: FAILED after {took}: {error} (see {cell.folder / LOG})", file=sys.stderr, flush=True)
     return False
+
+
+def scores(one: Running, plan: Study) -> str:
+    """The first metric of every column, for the line of a finished cell."""
+    result = study_report.read(one.cell.variant, one.cell.seed, one.cell.folder, plan)
+    if result is None:
+        return ""
+    metric = plan.metrics[0]
+    found = [f"{percent(numbers.get(metric))} {column}" for column, numbers in result.columns.items()]
+    return f", {study_report.METRICS[metric]} {', '.join(found)}"
 
 
 class Signals:

@@ -16,27 +16,11 @@ from typing import Any
 
 from protoseg import __version__
 from protoseg.config import Study, UserError
-from protoseg.engine.statistics import estimate, paired
+from protoseg.engine.statistics import estimate, less
 from protoseg.tasks.demo import ms_per_step
-from protoseg.tasks.evaluation import percent
 from protoseg.tasks.files import write_json, write_whole
 from protoseg.tasks.study_cell import evaluation_file, read_state
-
-METRICS = {  # of an evaluation; name -> what people call it
-    "miou": "mIoU",
-    "pixel_accuracy": "pixel accuracy",
-    "mean_accuracy": "class accuracy",
-    "boundary_miou": "boundary IoU",
-    "calibration_error": "ECE",
-}
-COSTS = {  # of a cell; name -> (what people call it, format)
-    "learnable": ("learnable", "{:,.0f}"),
-    "prototypes": ("stored", "{:,.0f}"),
-    "ms_per_step": ("ms/step", "{:.0f}"),
-    "peak_mib": ("peak MiB", "{:,.0f}"),
-    "pairwise_cosine": ("pairwise cosine", "{:.3f}"),
-    "used": ("in use", "{:.1%}"),
-}
+from protoseg.tasks.study_pages import METRICS, draw_differences, markdown, page
 
 
 @dataclass(frozen=True)
@@ -98,12 +82,18 @@ def write(
             difference(results, name, baseline) for baseline in plan.baselines for name in variants if name != baseline
         ],
         "cells": [status(variant, seed, where, results) for variant, seed, where in cells],
+        "made_with": made_with([where for _, _, where in cells]),
     }
     write_json(folder / "results.json", content)
     write_csv(folder / "results.csv", content)
     text = markdown(folder.name, plan, content)
     write_whole(folder / "report.md", lambda fresh: fresh.write_text(text, encoding="utf-8"))
-    return {"text": text, "page": folder / "report.md"}
+    plot = folder / "differences.png"
+    if not draw_differences(plot, plan, content):
+        plot.unlink(missing_ok=True)
+    html = page(folder, plan, content, plot if plot.is_file() else None)
+    where = write_whole(folder / "report.html", lambda fresh: fresh.write_text(html, encoding="utf-8"))
+    return {"text": text, "page": where}
 
 
 def read(variant: str, seed: int, folder: Path, plan: Study) -> Result | None:
@@ -140,7 +130,7 @@ def read(variant: str, seed: int, folder: Path, plan: Study) -> Result | None:
     )
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
@@ -152,64 +142,35 @@ def _number(value: float | None) -> float:
 
 
 def summary(results: list[Result]) -> dict[str, Any]:
-    """Means over the seeds of one variant: `columns`, `classes` and `costs`."""
-    columns = results[0].columns if results else {}
+    """Means over the seeds of one variant: `columns` (column -> metric), `classes` (column -> class) and `costs`."""
     return {
-        "columns": {
-            column: {name: _over([r.columns[column][name] for r in results]) for name in metrics}
-            for column, metrics in columns.items()
-        },
-        "classes": {
-            column: {name: _over([r.classes[column][name] for r in results]) for name in results[0].classes[column]}
-            for column in columns
-        },
-        "costs": {
-            name: _over([r.costs[name] for r in results if name in r.costs])
-            for name in COSTS
-            if any(name in r.costs for r in results)
-        },
+        "columns": over_seeds([result.columns for result in results]),
+        "classes": over_seeds([result.classes for result in results]),
+        "costs": over_seeds([{"": result.costs} for result in results]).get("", {}),
     }
-
-
-def _over(values: list[float]) -> dict[str, Any]:
-    found = estimate(values)
-    return {"mean": found.mean, "deviation": found.deviation, "n": found.n, "values": values}
 
 
 def difference(results: list[Result], variant: str, baseline: str) -> dict[str, Any]:
-    """`variant` less `baseline`, seed by seed: per column and metric, per column and class."""
+    """`variant` less `baseline`, seed by seed: `columns` (column -> metric) and `classes` (column -> class)."""
     ours = {result.seed: result for result in results if result.variant == variant}
     theirs = {result.seed: result for result in results if result.variant == baseline}
-    both = sorted(ours.keys() & theirs.keys())
-    columns = ours[both[0]].columns if both else {}
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
     return {
         "variant": variant,
         "baseline": baseline,
-        "seeds": both,
-        "columns": {
-            column: {
-                name: _gap(
-                    {s: ours[s].columns[column][name] for s in both}, {s: theirs[s].columns[column][name] for s in both}
-                )
-                for name in metrics
-            }
-            for column, metrics in columns.items()
-        },
-        "classes": {
-            column: {
-                name: _gap(
-                    {s: ours[s].classes[column][name] for s in both}, {s: theirs[s].classes[column][name] for s in both}
-                )
-                for name in ours[both[0]].classes[column]
-            }
-            for column in columns
-        },
+        "seeds": [one.seed for one, _ in pairs],
+        "columns": over_seeds([{c: less(one.columns[c], two.columns[c]) for c in one.columns} for one, two in pairs]),
+        "classes": over_seeds([{c: less(one.classes[c], two.classes[c]) for c in one.classes} for one, two in pairs]),
     }
 
 
-def _gap(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any]:
-    gaps = paired(ours, theirs)
-    return {**asdict(estimate(list(gaps.values()))), "values": list(gaps.values())}
+def over_seeds(seeds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Column -> name -> mean and interval; what is not there for every seed is left out."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for column, first in seeds[0].items() if seeds else ():
+        numbers = {n: [seed[column][n] for seed in seeds] for n in first if all(n in seed[column] for seed in seeds)}
+        found[column] = {name: {**asdict(estimate(values)), "values": values} for name, values in numbers.items()}
+    return found
 
 
 def status(variant: str, seed: int, folder: Path, results: list[Result]) -> dict[str, Any]:
@@ -224,6 +185,19 @@ def status(variant: str, seed: int, folder: Path, results: list[Result]) -> dict
         "state": "done" if done else state.get("state", "waiting"),
         **{word: state.get(word) for word in words},
     }
+
+
+def made_with(folders: list[Path]) -> dict[str, list[str]]:
+    """What the numbers may depend on beside the settings: commits, devices and versions of torch, each once."""
+    found: dict[str, dict[str, None]] = {"commits": {}, "devices": {}, "torch": {}}
+    for folder in folders:
+        path = folder / "env.json"
+        for environment in _load(path) if path.is_file() else ():
+            found["commits"][environment["commit"] or "no commit"] = None
+            found["torch"][environment["versions"]["torch"]] = None
+        if device := read_state(folder).get("device"):
+            found["devices"][device] = None
+    return {what: list(each) for what, each in found.items()}
 
 
 def write_csv(path: Path, content: dict[str, Any]) -> None:
@@ -246,66 +220,3 @@ def write_csv(path: Path, content: dict[str, Any]) -> None:
 
 def _cell(value: float | None) -> str:
     return "" if value is None or value != value else f"{value:.10g}"
-
-
-def markdown(name: str, plan: Study, content: dict[str, Any]) -> str:
-    """The study as a Markdown page: the table, the paired differences, what is not done."""
-    lines = [f"# Study {name}", ""]
-    heads = ["variant", "seeds"]
-    heads += [f"{METRICS[m]}, {column}" for m in plan.metrics[:1] for column in plan.evaluate]
-    first = next(iter(plan.evaluate))
-    heads += [METRICS[m] for m in plan.metrics[1:]] + [what for what, _ in COSTS.values()]
-    lines += [_row(heads), _row(["---"] * len(heads))]
-    for variant in content["variants"]:
-        row = [variant["name"], str(len(variant["seeds"]))]
-        row += [spread(variant["columns"].get(column, {}).get(plan.metrics[0])) for column in plan.evaluate]
-        row += [spread(variant["columns"].get(first, {}).get(metric)) for metric in plan.metrics[1:]]
-        row += [amount(variant["costs"].get(cost), form) for cost, (_, form) in COSTS.items()]
-        lines.append(_row(row))
-    lines += ["", "Mean ± standard deviation over seeds, in percent."]
-    for baseline in plan.baselines:
-        columns = [(column, metric) for metric in plan.metrics[:1] for column in plan.evaluate]
-        columns += [(first, metric) for metric in plan.metrics[1:]]
-        lines += ["", f"## Less {baseline}, in points", ""]
-        heads = ["variant", "n", *(f"{METRICS[metric]}, {column}" for column, metric in columns)]
-        lines += [_row(heads), _row(["---"] * len(heads))]
-        for entry in content["differences"]:
-            if entry["baseline"] == baseline:
-                found = [gap(entry["columns"].get(column, {}).get(metric)) for column, metric in columns]
-                lines.append(_row([entry["variant"], str(len(entry["seeds"])), *found]))
-    if plan.baselines:
-        lines += ["", "Mean paired difference over seeds [its 95 % interval, Student's t]; a single seed has none."]
-    open_cells = [cell for cell in content["cells"] if cell["state"] != "done"]
-    if open_cells:
-        lines += ["", "## Not done", ""]
-        lines += [
-            f"* {cell['variant']}, seed {cell['seed']}: {cell['state']}"
-            + (f": {cell['error']}" if cell["error"] else "")
-            for cell in open_cells
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _row(words: list[str]) -> str:
-    return "| " + " | ".join(words) + " |"
-
-
-def spread(found: dict[str, Any] | None) -> str:
-    """ "71.23 ± 0.41", in percent; without a deviation where there is one seed."""
-    if found is None or not found["n"]:
-        return "-"
-    more = f" ± {percent(found['deviation'])}" if found["deviation"] is not None else ""
-    return percent(found["mean"]) + more
-
-
-def gap(found: dict[str, Any] | None) -> str:
-    """ "+1.20 [+0.31, +2.09]", in points."""
-    if found is None or found["mean"] != found["mean"]:
-        return "-"
-    interval = f" [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]" if found["low"] is not None else ""
-    return f"{100 * found['mean']:+.2f}{interval}"
-
-
-def amount(found: dict[str, Any] | None, form: str) -> str:
-    """A mean in its own format."""
-    return "-" if found is None or not found["n"] else form.format(found["mean"])
