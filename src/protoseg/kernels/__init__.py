@@ -24,7 +24,7 @@ from torch import Tensor
 
 from protoseg.kernels import clustering, clustering_cpu
 from protoseg.kernels.clustering import balanced_index, row_products, segment_sums, transport_plan
-from protoseg.kernels.clustering_cpu import momentum_step_, reseed_, usage_step_
+from protoseg.kernels.clustering_cpu import momentum_step_, move_, reseed_, usage_step_
 from protoseg.kernels.shards import Shard
 from protoseg.kernels.similarity import Batch, Settings, class_cosines, one_pass
 
@@ -37,6 +37,7 @@ __all__ = [
     "class_cosines_apply",
     "memory_steps_apply",
     "momentum_step_",
+    "move_",
     "one_pass",
     "one_pass_applies",
     "plain_only",
@@ -90,7 +91,7 @@ def segment_sums_apply() -> bool:
 
 
 def memory_steps_apply(*tensors: Tensor) -> bool:
-    """Whether `head.update` changes the memory through `momentum_step_`, `usage_step_` and `reseed_`.
+    """Whether `method.prototypes` changes the memory through `move_`, `momentum_step_`, `usage_step_`, `reseed_`.
 
     They hold no sum over ranks, so ranks need not agree on it; but only where they do are they equal to the last bit.
     """

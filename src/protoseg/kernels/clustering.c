@@ -1,7 +1,7 @@
 /* Eq. (4) and (8) on the CPU: what clustering.py says in PyTorch, fused where PyTorch writes a tensor only to read it.
 
    The file includes itself once for float and once for double. Every sum has one order, whatever the number of threads:
-   pixels are cut into blocks of a fixed size whose sums are added in order, rows of the memory into columns. */
+   a class is cut into blocks of a fixed size whose sums are added in order, a prototype's pixels are not cut. */
 
 #ifndef REAL
 
@@ -15,7 +15,7 @@ enum { CONSTANT, BIAS_CORRECTED, COUNT_AWARE }; /* rules of the momentum */
 
 #define BLOCK 512 /* pixels whose K numbers stay in the first cache */
 
-/* Counting sort of the pixels by class, those without one left out.
+/* Counting sort of the pixels by class (or by prototype), those without one left out.
    classes: (n) below C, negative for none. order: (n) pixels. starts: (C+1) where a class begins in it. */
 int group_by_class(const int64_t *classes, int64_t n, int64_t C, int32_t *order, int64_t *starts) {
   memset(starts, 0, (C + 1) * sizeof *starts);
@@ -44,6 +44,21 @@ static Block *blocks_of(const int64_t *starts, int64_t C, int64_t *count) {
       blocks[(*count)++] = (Block){c, s, s + BLOCK < starts[c + 1] ? s + BLOCK : starts[c + 1]};
   return blocks;
 }
+
+#define LINE 64 /* bytes of a line of the cache */
+#define AHEAD 8 /* rows: a processor foresees lines in a row, not where the next one is */
+#ifdef __GNUC__
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address)
+#endif
+
+#ifdef _OPENMP
+int omp_get_thread_num(void); /* without omp.h, which a compiler may lack */
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
 
 #define JOIN(a, b) a##_##b
 #define NAMED(a, b) JOIN(a, b)
@@ -133,8 +148,8 @@ int NAME(next_sums)(const REAL *sorted, int64_t n, int64_t K, int64_t C, const i
 }
 
 /* The prototype of largest mass in each pixel's row of the plan.
-   own: (n, K) cosines with the given strides. counts: a class's pixels every `stride`. few: below so many pixels a class
-   takes its nearest prototypes. lone: whether a class's only pixel takes the first. chosen: (n), 0 where void. */
+   own: (n, K) cosines with the given strides. counts: a class's pixels, strided too. few: below so many pixels a
+   class takes its nearest prototypes. lone: whether a class's only pixel takes the first. chosen: (n), 0 where void. */
 int NAME(largest_mass)(const REAL *sorted, int64_t n, int64_t K, int64_t C, const int32_t *order,
                        const int64_t *starts, const REAL *sums, int64_t stride, const REAL *counts,
                        int64_t counts_stride, const REAL *own, int64_t row, int64_t column, int64_t few, int64_t lone,
@@ -180,28 +195,25 @@ int NAME(largest_mass)(const REAL *sorted, int64_t n, int64_t K, int64_t C, cons
   return free(blocks), free(factor), DONE;
 }
 
-/* Sum and number of the rows of each index; a negative index belongs nowhere.
-   rows: (n, D). index: (n) in [0, count). sums: (count, D). counts: (count). Threads share the columns. */
-int NAME(segment_sums)(const REAL *rows, const int64_t *index, int64_t n, int64_t D, int64_t count, REAL *sums,
-                       REAL *counts, int64_t threads) {
-  memset(counts, 0, count * sizeof *counts);
-  for (int64_t i = 0; i < n; i++) {
-    if (index[i] >= count) return OUT_OF_RANGE;
-    if (index[i] >= 0) counts[index[i]] += 1;
-  }
-  int64_t line = 64 / sizeof(REAL), width = (D + threads - 1) / threads;
-  width = (width + line - 1) / line * line; /* no two threads write into one line of the cache */
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-  for (int64_t d = 0; d < D; d += width) {
-    int64_t end = d + width < D ? d + width : D;
-    for (int64_t p = 0; p < count; p++) memset(sums + p * D + d, 0, (end - d) * sizeof *sums);
-    for (int64_t i = 0; i < n; i++) {
-      if (index[i] < 0) continue;
-      const REAL *from = rows + i * D;
-      REAL *to = sums + index[i] * D;
+/* Sum of some of the rows (., D), from the first to the last. */
+static void NAME(sum_of)(const REAL *rows, const int32_t *order, int64_t count, int64_t D, REAL *sum) {
+  for (int64_t d = 0; d < D; d++) sum[d] = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const REAL *row = rows + order[i] * D, *soon = rows + order[i + AHEAD < count ? i + AHEAD : i] * D;
+    for (int64_t d = 0; d < D; d += LINE / sizeof(REAL)) PREFETCH(soon + d);
 #pragma omp simd
-      for (int64_t e = d; e < end; e++) to[e] += from[e];
-    }
+    for (int64_t d = 0; d < D; d++) sum[d] += row[d];
+  }
+}
+
+/* Sum and number of the rows of each index.
+   rows: (n, D), of which order and starts are those of group_by_class. sums: (count, D). counts: (count). */
+int NAME(segment_sums)(const REAL *rows, const int32_t *order, const int64_t *starts, int64_t D, int64_t count,
+                       REAL *sums, REAL *counts, int64_t threads) {
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
+  for (int64_t p = 0; p < count; p++) {
+    counts[p] = (REAL)(starts[p + 1] - starts[p]);
+    NAME(sum_of)(rows, order + starts[p], starts[p + 1] - starts[p], D, sums + p * D);
   }
   return DONE;
 }
@@ -215,38 +227,60 @@ static REAL NAME(length)(const REAL *x, int64_t D) {
 
 static REAL NAME(at_least)(REAL x, REAL least) { return x < least ? least : x; }
 
-/* Eq. (8), in place; only rows that were hit are touched. See `prototypes.momentum_step`. */
+/* Eq. (8) for one prototype that was hit `count` times, in place. See `prototypes.momentum_step`. */
+static void NAME(move_one)(REAL *prototype, REAL *weight, REAL *length, const REAL *sum, REAL count, int64_t D,
+                           double momentum, int64_t rule, double cap) {
+  REAL all = 0;
+#pragma omp simd reduction(+ : all)
+  for (int64_t d = 0; d < D; d++) all += sum[d];
+  if (!isfinite(all)) return;
+  REAL q = 1, old = 1, mean = 1 / NAME(at_least)(NAME(length)(sum, D), (REAL)1e-12);
+  if (rule == COUNT_AWARE) {
+    q = count < cap ? count : (REAL)cap;
+    old = *length;
+    mean = 1 / count;
+  }
+  REAL held = (REAL)momentum * *weight + q, step = q / NAME(at_least)(held, (REAL)1e-12);
+  if (rule == CONSTANT) step = *weight > 0 ? (REAL)(1 - momentum) : 1;
+  old *= 1 - step, mean *= step;
+#pragma omp simd
+  for (int64_t d = 0; d < D; d++) prototype[d] = old * prototype[d] + mean * sum[d];
+  REAL now = NAME(length)(prototype, D), shrink = 1 / NAME(at_least)(now, (REAL)1e-12);
+#pragma omp simd
+  for (int64_t d = 0; d < D; d++) prototype[d] *= shrink;
+  *weight = held;
+  if (rule == COUNT_AWARE) *length = now;
+}
+
+/* Eq. (8) from sums (count, D) and counts (count); only rows that were hit are touched. */
 int NAME(momentum_step)(REAL *prototypes, REAL *weight, REAL *length, const REAL *sums, const REAL *counts,
                         const REAL *verdict, int64_t count, int64_t D, double momentum, int64_t rule, double cap,
                         int64_t threads) {
   if (!isfinite(*verdict)) return DONE;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t p = 0; p < count; p++) {
-    if (!(counts[p] > 0)) continue;
-    REAL *x = prototypes + p * D;
-    const REAL *s = sums + p * D;
-    REAL all = 0;
-#pragma omp simd reduction(+ : all)
-    for (int64_t d = 0; d < D; d++) all += s[d];
-    if (!isfinite(all)) continue;
-    REAL q = 1, old = 1, mean = 1 / NAME(at_least)(NAME(length)(s, D), (REAL)1e-12);
-    if (rule == COUNT_AWARE) {
-      q = counts[p] < cap ? counts[p] : (REAL)cap;
-      old = length[p];
-      mean = 1 / counts[p];
-    }
-    REAL held = (REAL)momentum * weight[p] + q, step = q / NAME(at_least)(held, (REAL)1e-12);
-    if (rule == CONSTANT) step = weight[p] > 0 ? (REAL)(1 - momentum) : 1;
-    old *= 1 - step, mean *= step;
-#pragma omp simd
-    for (int64_t d = 0; d < D; d++) x[d] = old * x[d] + mean * s[d];
-    REAL now = NAME(length)(x, D), shrink = 1 / NAME(at_least)(now, (REAL)1e-12);
-#pragma omp simd
-    for (int64_t d = 0; d < D; d++) x[d] *= shrink;
-    weight[p] = held;
-    if (rule == COUNT_AWARE) length[p] = now;
-  }
+  for (int64_t p = 0; p < count; p++)
+    if (counts[p] > 0)
+      NAME(move_one)(prototypes + p * D, weight + p, length + p, sums + p * D, counts[p], D, momentum, rule, cap);
   return DONE;
+}
+
+/* The same from the pixels themselves: no table of all sums, so that a large vocabulary costs what of it is seen.
+   rows: (n, D), of which order and starts are those of group_by_class. counts: (count), filled here. */
+int NAME(move)(REAL *prototypes, REAL *weight, REAL *length, const REAL *rows, const int32_t *order,
+               const int64_t *starts, const REAL *verdict, int64_t count, int64_t D, double momentum, int64_t rule,
+               double cap, REAL *counts, int64_t threads) {
+  for (int64_t p = 0; p < count; p++) counts[p] = (REAL)(starts[p + 1] - starts[p]);
+  if (!isfinite(*verdict)) return DONE;
+  REAL *sums = malloc((threads * D + 1) * sizeof *sums); /* one for each thread */
+  if (!sums) return NO_MEMORY;
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
+  for (int64_t p = 0; p < count; p++) {
+    if (starts[p + 1] == starts[p]) continue;
+    REAL *sum = sums + THREAD * D;
+    NAME(sum_of)(rows, order + starts[p], starts[p + 1] - starts[p], D, sum);
+    NAME(move_one)(prototypes + p * D, weight + p, length + p, sum, counts[p], D, momentum, rule, cap);
+  }
+  return free(sums), DONE;
 }
 
 /* The share of its class each prototype serves and how long it has been idle, in place. See `prototypes.usage_step`. */
@@ -270,9 +304,9 @@ int NAME(usage_step)(REAL *usage, REAL *idle, const REAL *counts, const REAL *ve
 int NAME(reseed)(const REAL *embedding, const int64_t *moving, int64_t n, REAL *prototypes, REAL *weight, REAL *length,
                  REAL *usage, REAL *idle, const REAL *verdict, int64_t C, int64_t K, int64_t D, double after) {
   if (!isfinite(*verdict)) return DONE;
-  int64_t due = 0, *longest = malloc(2 * C * sizeof *longest + 1), *worst = longest + C;
+  int64_t due = 0, *longest = malloc((C + 1) * sizeof *longest), *worst = malloc((C + 1) * sizeof *worst);
   REAL *cosine = malloc((C + 1) * sizeof *cosine);
-  if (!longest || !cosine) return free(longest), free(cosine), NO_MEMORY;
+  if (!longest || !worst || !cosine) return free(longest), free(worst), free(cosine), NO_MEMORY;
   for (int64_t c = 0; c < C; c++) {
     longest[c] = c * K;
     for (int64_t p = c * K; p < (c + 1) * K; p++)
@@ -300,7 +334,7 @@ int NAME(reseed)(const REAL *embedding, const int64_t *moving, int64_t n, REAL *
     usage[longest[c]] = (REAL)1 / K;
     idle[longest[c]] = 0;
   }
-  return free(longest), free(cosine), DONE;
+  return free(longest), free(worst), free(cosine), DONE;
 }
 
 #endif

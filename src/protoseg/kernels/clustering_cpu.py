@@ -53,6 +53,13 @@ def _call(function: str, *arguments: Tensor | int | float) -> None:
         raise IndexError(f"{function} was given a class or prototype that the memory does not have")
 
 
+def _grouped(classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(N,) int32 pixels in the order of their classes, and (count + 1,) where each class starts in it."""
+    order, starts = classes.new_empty(len(classes), dtype=torch.int32), classes.new_empty(count + 1)
+    _call("group_by_class", classes.contiguous(), len(classes), count, order, starts)
+    return order, starts
+
+
 def _typed(function: str, like: Tensor) -> str:
     return f"{function}_{TYPES[like.dtype]}"
 
@@ -69,9 +76,7 @@ def first_sums(kernel: Tensor, classes: Tensor, num_classes: int) -> tuple[Tenso
         number of pixels last. What is beyond the last class's end means nothing.
     """
     n, K = kernel.shape
-    order = torch.empty(n, dtype=torch.int32)
-    starts = torch.empty(num_classes + 1, dtype=torch.int64)
-    _call("group_by_class", classes.contiguous(), n, num_classes, order, starts)
+    order, starts = _grouped(classes, num_classes)
     ordered, table = kernel.new_empty(K, n), kernel.new_empty(num_classes, K + 1)
     _call(
         _typed("first_sums", kernel), kernel, *kernel.stride(), n, K, num_classes, order, starts, ordered, table,
@@ -137,10 +142,10 @@ def _(
 @custom_op("protoseg::segment_sums", mutates_args=(), device_types="cpu")
 def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(count, D) sum and (count,) number of the (N, D) rows of each index; a negative one belongs nowhere."""
-    n, D = rows.shape
-    sums, counts = rows.new_empty(count, D), rows.new_empty(count)
+    order, starts = _grouped(index, count)
+    sums, counts = rows.new_empty(count, rows.shape[1]), rows.new_empty(count)
     _call(
-        _typed("segment_sums", rows), rows.contiguous(), index.contiguous(), n, D, count, sums, counts,
+        _typed("segment_sums", rows), rows.contiguous(), order, starts, rows.shape[1], count, sums, counts,
         torch.get_num_threads(),
     )  # fmt: skip
     return sums, counts
@@ -151,7 +156,10 @@ def _(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return rows.new_empty(count, rows.shape[1]), rows.new_empty(count)
 
 
-@custom_op("protoseg::momentum_step_", mutates_args=("prototypes", "weight", "length"), device_types="cpu")
+MEMORY = ("prototypes", "weight", "length")
+
+
+@custom_op("protoseg::momentum_step_", mutates_args=MEMORY, device_types="cpu")
 def momentum_step_(
     prototypes: Tensor, weight: Tensor, length: Tensor, sums: Tensor, counts: Tensor, verdict: Tensor,
     momentum: float, rule: str, count_cap: float,
@@ -160,8 +168,36 @@ def momentum_step_(
     C, K, D = prototypes.shape
     _call(
         _typed("momentum_step", prototypes), prototypes, weight, length, sums.contiguous(), counts.contiguous(),
-        verdict, C * K, D, float(momentum), RULES[rule], float(count_cap), torch.get_num_threads(),
+        verdict, C * K, D, momentum, RULES[rule], count_cap, torch.get_num_threads(),
     )  # fmt: skip
+
+
+@custom_op("protoseg::move_", mutates_args=MEMORY, device_types="cpu")
+def move_(
+    prototypes: Tensor, weight: Tensor, length: Tensor, embedding: Tensor, moving: Tensor, verdict: Tensor,
+    momentum: float, rule: str, count_cap: float,
+) -> Tensor:  # fmt: skip
+    """`momentum_step_` from the (N, D) pixels and the (N,) prototypes they move, without a table of sums.
+
+    Returns:
+        (C*K,) pixels of each prototype.
+    """
+    C, K, D = prototypes.shape
+    order, starts = _grouped(moving, C * K)
+    counts = embedding.new_empty(C * K)
+    _call(
+        _typed("move", prototypes), prototypes, weight, length, embedding.contiguous(), order, starts, verdict,
+        C * K, D, momentum, RULES[rule], count_cap, counts, torch.get_num_threads(),
+    )  # fmt: skip
+    return counts
+
+
+@move_.register_fake
+def _(
+    prototypes: Tensor, weight: Tensor, length: Tensor, embedding: Tensor, moving: Tensor, verdict: Tensor,
+    momentum: float, rule: str, count_cap: float,
+) -> Tensor:  # fmt: skip
+    return embedding.new_empty(weight.numel())
 
 
 @custom_op("protoseg::usage_step_", mutates_args=("usage", "idle"), device_types="cpu")
@@ -171,12 +207,12 @@ def usage_step_(usage: Tensor, idle: Tensor, counts: Tensor, verdict: Tensor, de
     _call(_typed("usage_step", usage), usage, idle, counts.contiguous(), verdict, C, K, decay, dead)
 
 
-@custom_op("protoseg::reseed_", mutates_args=("prototypes", "weight", "length", "usage", "idle"), device_types="cpu")
+@custom_op("protoseg::reseed_", mutates_args=(*MEMORY, "usage", "idle"), device_types="cpu")
 def reseed_(
-    embedding: Tensor, moving: Tensor, prototypes: Tensor, weight: Tensor, length: Tensor, usage: Tensor, idle: Tensor,
+    prototypes: Tensor, weight: Tensor, length: Tensor, usage: Tensor, idle: Tensor, embedding: Tensor, moving: Tensor,
     verdict: Tensor, after: float,
 ) -> None:  # fmt: skip
-    """`method.prototypes.reseeded` in place for one process; looks at pixels of classes with a prototype due only."""
+    """`method.prototypes.reseed_` of one process; looks at the pixels of classes with a prototype due only."""
     C, K, D = prototypes.shape
     _call(
         _typed("reseed", prototypes), embedding.contiguous(), moving.contiguous(), len(moving), prototypes, weight,

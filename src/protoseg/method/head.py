@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg import kernels
+from protoseg.kernels.shards import Shard
 from protoseg.method import clustering, ranks
 from protoseg.method.kmeans import kmeans_assignment
 from protoseg.method.losses import (
@@ -27,12 +28,14 @@ from protoseg.method.losses import (
 )
 from protoseg.method.presets import settle
 from protoseg.method.prototypes import (
+    DEAD_SHARE,
+    Memory,
     MomentumRule,
     Start,
-    assigned_sums,
-    least_like_their_own,
-    momentum_step,
+    move_,
+    note_usage_,
     pairwise_cosine,
+    reseed_,
     starting_vectors,
     starting_weight,
 )
@@ -52,9 +55,6 @@ ASSIGNMENTS = {
     "nearest": clustering.nearest_assignment,
     "kmeans": kmeans_assignment,
 }
-USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
-CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
-DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
 
 
 def build_projection(in_channels: int, embed_dim: int, kind: Projection = "mlp") -> nn.Module:
@@ -142,6 +142,7 @@ class PrototypeHead(nn.Module):
     usage: Tensor
     idle: Tensor
     class_weights: Tensor | None
+    _shard: Shard | None = None  # of the classes, in `ShardedPrototypeHead`
 
     def __init__(
         self,
@@ -241,7 +242,7 @@ class PrototypeHead(nn.Module):
 
     def score(self, similarity: Tensor) -> Tensor:
         """(N, C*K) similarities -> (N, C) class scores, the logits of Eq. (2)."""
-        return self._score(class_similarity(similarity, self.num_classes))
+        return self._score(class_similarity(similarity, len(self.prototypes)))
 
     def _score(self, nearest: Tensor) -> Tensor:
         scores = nearest * self.log_scale.exp()
@@ -252,12 +253,15 @@ class PrototypeHead(nn.Module):
         B, _, h, w = features.shape
         raw = self._embed(features)
         with torch.autocast(features.device.type, enabled=False):
-            if kernels.class_cosines_apply():
-                cosines = kernels.class_cosines(raw, self.prototypes.to(raw.dtype))
-                scores = self._score(measured(cosines, self.distance))
-            else:
-                scores = self.score(self._similarity(unit(raw)))
+            scores = self._class_scores(raw)
         return scores.view(B, h, w, -1).permute(0, 3, 1, 2)
+
+    def _class_scores(self, raw: Tensor) -> Tensor:
+        """(N, D) embedding of any length -> (N, C)."""
+        if kernels.class_cosines_apply():
+            cosines = kernels.class_cosines(raw, self.prototypes.to(raw.dtype))
+            return self._score(measured(cosines, self.distance))
+        return self.score(self._similarity(unit(raw)))
 
     def losses(self, features: Tensor, labels: Tensor, *, gumbel: Tensor | None = None) -> Losses:
         """Scores, clustering and all losses of one batch, with the prototypes of before this step.
@@ -335,6 +339,7 @@ class PrototypeHead(nn.Module):
             pixel_share=share / labelled_count(classes >= 0, raw.dtype, self._total),
             settings=settings,
             negatives=self._negatives(),
+            shard=self._shard,
         )
         total, ce, ppc, ppd, embedding, assignment, moving = kernels.one_pass(
             batch, lambda own, predicted: self._assign(own, predicted, classes, gumbel, raw)
@@ -364,41 +369,20 @@ class PrototypeHead(nn.Module):
         batches = [losses] if isinstance(losses, Losses) else list(losses)
         if not batches:
             raise ValueError("update needs the losses of at least one batch")
-        C, K = self.num_classes, self.num_prototypes
         embedding = _joined([batch.embedding for batch in batches if batch.embedding is not None])
         moving = _joined([batch.moving for batch in batches if batch.moving is not None])
         totals = [batch.total.detach() for batch in batches]
-        verdict = ranks.total(totals[0] if len(totals) == 1 else torch.stack(totals).sum())  # finite if all are: none
-        memory = [self.prototypes, self.weight, self.length, self.usage, self.idle]  # may drift alone
-        sums, counts = assigned_sums(embedding, moving, C * K, self._total)
-        fused = kernels.memory_steps_apply(*memory, embedding, verdict)
+        verdict = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
+        verdict = ranks.total(verdict)  # finite where all are, on all ranks: none may drift alone
+        memory = Memory(self.prototypes, self.weight, self.length, self.usage, self.idle)
         rule: dict[str, Any] = {"momentum": self.momentum, "rule": self.momentum_rule, "count_cap": self.count_cap}
-        if fused:
-            kernels.momentum_step_(*memory[:3], sums, counts, verdict, **rule)
-        else:
-            counts = torch.where(verdict.isfinite(), counts, 0)
-            for part in _class_parts(self.prototypes):
-                rows = slice(part.start * K, part.stop * K)
-                self.prototypes[part], self.weight[part], self.length[part] = momentum_step(
-                    self.prototypes[part],
-                    self.weight[part],
-                    self.length[part],
-                    sums[rows].to(self.prototypes.dtype),
-                    counts[rows].to(self.weight.dtype),
-                    **rule,
-                )
+        counts = move_(memory, embedding, moving, verdict, total=self._total, **rule)
         if self.across_ranks == "average" and ranks.world_size() > 1:
             self.prototypes.copy_(unit(ranks.total(self.prototypes / ranks.world_size())))
-        counts = counts if self.across_ranks == "exact" else ranks.total(counts)  # the log is one for all ranks
-        counts = counts.view(C, K).to(self.usage.dtype)
-        if fused:
-            kernels.usage_step_(*memory[3:], counts, verdict, USAGE_DECAY, DEAD_SHARE / K)
-        else:
-            self._note_usage(counts)
-        if self.reseed_after is not None and fused and ranks.world_size() == 1:
-            kernels.reseed_(embedding, moving, *memory, verdict, float(self.reseed_after))
-        elif self.reseed_after is not None:
-            self._reseed(embedding, moving, ~verdict.isfinite(), self.reseed_after)
+            counts = ranks.total(counts)  # the log is one for all ranks
+        note_usage_(memory, counts, verdict)
+        if self.reseed_after is not None:
+            reseed_(memory, embedding, moving, verdict, self.reseed_after)
 
     def distinctness(self) -> dict[str, float]:
         """How far the prototypes are from the collapse to one per class.
@@ -426,7 +410,7 @@ class PrototypeHead(nn.Module):
             own: (N, K) similarities with the own class. predicted: (N,) class of highest score; see `update_from`.
             raw: (N, D) embedding, of any length.
         """
-        C, K = self.num_classes, self.num_prototypes
+        C, K = self.prototypes.shape[:2]
         sinkhorn: dict[str, Any] = {"kappa": self.kappa, "iterations": self.sinkhorn_iterations}
         reduction: dict[str, Any] = {"total": self._total, "largest": self._largest}
         if self.draws:
@@ -450,40 +434,6 @@ class PrototypeHead(nn.Module):
             moving = moving.masked_fill(predicted != classes, -1)
         return given, moving
 
-    def _note_usage(self, counts: Tensor) -> None:
-        present = counts.sum(1, keepdim=True) > 0  # C 1
-        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        usage = USAGE_DECAY * self.usage + (1 - USAGE_DECAY) * share
-        self.usage.copy_(torch.where(present, usage, self.usage))
-        idle = torch.where(self.usage < DEAD_SHARE / self.num_prototypes, self.idle + 1, 0)
-        self.idle.copy_(torch.where(present, idle, self.idle))
-
-    def _reseed(self, embedding: Tensor, moving: Tensor, broken: Tensor, after: int) -> None:
-        """Set at most one dead prototype of each class on the pixel that the others serve worst."""
-        C, K = self.num_classes, self.num_prototypes
-        classes = torch.where(moving < 0, -1, moving // K)
-        flat = self.prototypes.to(embedding.dtype).flatten(0, 1)  # CK D
-        near = kernels.row_products(embedding, flat, moving.clamp(min=0))  # N
-        vectors, found = least_like_their_own(embedding, near, classes, C)
-        worst = self.idle.argmax(1, keepdim=True)  # C 1
-        dead = self.idle.gather(1, worst) >= after
-        chosen = torch.zeros_like(self.idle, dtype=torch.bool).scatter_(1, worst, dead & found[:, None] & ~broken)
-        index = worst[..., None].expand(-1, 1, self.prototypes.shape[2])  # C 1 D, the only rows that may change
-        seeded = chosen.any(1)[:, None, None]
-        rows = torch.where(seeded, unit(vectors)[:, None].to(self.prototypes.dtype), self.prototypes.gather(1, index))
-        self.prototypes.scatter_(1, index, rows)
-        self.weight.copy_(torch.where(chosen, 1.0, self.weight))
-        self.length.copy_(torch.where(chosen, 1.0, self.length))
-        self.usage.copy_(torch.where(chosen, 1 / K, self.usage))
-        self.idle.copy_(torch.where(chosen, 0, self.idle))
-
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # one batch needs no copy
-
-
-def _class_parts(prototypes: Tensor) -> list[slice]:
-    """Runs of classes small enough for a CPU's cache: with 847 classes fresh memory cost ten times the arithmetic."""
-    C, K, D = prototypes.shape
-    step = C if prototypes.device.type != "cpu" else max(1, CACHED // (K * D))
-    return [slice(c, min(c + step, C)) for c in range(0, C, step)]

@@ -1,11 +1,12 @@
 """Eq. (8): the C x K x D memory of prototypes: how it starts, how it moves by momentum, how dead ones are re-seeded.
 
-Functions from tensors to tensors; the head owns the buffers and writes them in place."""
+Functions from tensors to tensors, but for those whose name ends in `_`: they write into the buffers, which the head
+owns."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,28 @@ from protoseg.method.similarity import unit
 
 Start = Literal["nested", "random", "data", "truncated_normal"]
 MomentumRule = Literal["constant", "bias_corrected", "count_aware"]
+USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
+DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
+CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
+
+
+class Memory(NamedTuple):
+    """All that is remembered between steps.
+
+    Attributes:
+        prototypes: (C, K, D) unit vectors.
+        weight, length: (C, K), see `momentum_step`.
+        usage: (C, K) share of its class's pixels each prototype has, a moving average.
+        idle: (C, K) steps in which the class was seen and the prototype had less than `DEAD_SHARE` of an equal share.
+    """
+
+    prototypes: Tensor
+    weight: Tensor
+    length: Tensor
+    usage: Tensor
+    idle: Tensor
+
+
 NESTED = 0.8  # cosine of a nested prototype with its class's direction; 0.64 with its siblings
 
 
@@ -152,9 +175,108 @@ def least_like_their_own(embedding: Tensor, best: Tensor, classes: Tensor, num_c
     return ranks.total(torch.where(mine[:, None], rows, 0)), found
 
 
+def move_(
+    memory: Memory,
+    embedding: Tensor,
+    moving: Tensor,
+    verdict: Tensor,
+    *,
+    momentum: float,
+    rule: MomentumRule,
+    count_cap: float,
+    total: Reduction = ranks.total,
+) -> Tensor:
+    """`assigned_sums` and `momentum_step`, into the memory.
+
+    Args:
+        embedding: (N, D) unit vectors. moving: (N,) prototype each moves, in [0, C*K), -1 for none.
+        verdict: () number; where it is not finite nothing moves.
+        momentum, rule, count_cap: see `momentum_step`. total: sum over ranks.
+
+    Returns:
+        (C, K) pixels of each prototype.
+    """
+    C, K, _ = memory.prototypes.shape
+    fused = kernels.memory_steps_apply(*memory, embedding, verdict)
+    if fused and (total is not ranks.total or ranks.world_size() == 1):  # nothing to sum with others
+        counts = kernels.move_(*memory[:3], embedding, moving, verdict, momentum, rule, count_cap)
+        return counts.view(C, K)
+    sums, counts = assigned_sums(embedding, moving, C * K, total)
+    if fused:
+        kernels.momentum_step_(*memory[:3], sums, counts, verdict, momentum, rule, count_cap)
+        return counts.view(C, K)
+    moves = torch.where(verdict.isfinite(), counts, 0).to(memory.weight.dtype)
+    for part in _class_parts(memory.prototypes):
+        rows = slice(part.start * K, part.stop * K)
+        moved = momentum_step(
+            memory.prototypes[part],
+            memory.weight[part],
+            memory.length[part],
+            sums[rows].to(memory.prototypes.dtype),
+            moves[rows],
+            momentum=momentum,
+            rule=rule,
+            count_cap=count_cap,
+        )
+        for held, now in zip(memory, moved):
+            held[part] = now
+    return counts.view(C, K)
+
+
+def note_usage_(memory: Memory, counts: Tensor, verdict: Tensor) -> None:
+    """The log of who serves how many pixels, into `memory.usage` and `memory.idle`; an absent class keeps its bits.
+
+    Args:
+        counts: (C, K) pixels of each prototype over all ranks.
+        verdict: () number; where it is not finite nothing is noted.
+    """
+    usage, idle = memory.usage, memory.idle
+    counts = counts.to(usage.dtype)
+    dead = DEAD_SHARE / counts.shape[1]
+    if kernels.memory_steps_apply(usage, idle, counts, verdict):
+        kernels.usage_step_(usage, idle, counts, verdict, USAGE_DECAY, dead)
+        return
+    pixels = counts.sum(1, keepdim=True)  # C 1
+    present = (pixels > 0) & verdict.isfinite()
+    usage.copy_(torch.where(present, USAGE_DECAY * usage + (1 - USAGE_DECAY) * counts / pixels.clamp(min=1), usage))
+    idle.copy_(torch.where(present, torch.where(usage < dead, idle + 1, 0), idle))
+
+
+def reseed_(memory: Memory, embedding: Tensor, moving: Tensor, verdict: Tensor, after: int) -> None:
+    """Set at most one dead prototype of each class, the longest idle, on the pixel that the others serve worst.
+
+    Args:
+        embedding: (N, D) unit vectors. moving: (N,) prototype each has moved, -1 for none.
+        verdict: () number; where it is not finite nothing is seeded.
+        after: steps of idleness from which a prototype is dead.
+    """
+    C, K, _ = memory.prototypes.shape
+    if kernels.memory_steps_apply(*memory, embedding, verdict) and ranks.world_size() == 1:
+        kernels.reseed_(*memory, embedding, moving, verdict, after)
+        return
+    prototypes, weight, length, usage, idle = memory
+    flat = prototypes.to(embedding.dtype).flatten(0, 1)  # CK D
+    near = kernels.row_products(embedding, flat, moving.clamp(min=0))  # N
+    vectors, found = least_like_their_own(embedding, near, moving.div(K, rounding_mode="floor"), C)
+    longest = idle.argmax(1, keepdim=True)  # C 1
+    due = (idle.gather(1, longest) >= after) & found[:, None] & verdict.isfinite()
+    index = longest[..., None].expand(-1, 1, prototypes.shape[2])  # C 1 D, the only rows that may change
+    rows = torch.where(due[..., None], unit(vectors)[:, None].to(prototypes.dtype), prototypes.gather(1, index))
+    prototypes.scatter_(1, index, rows)
+    for held, fresh in ((weight, 1.0), (length, 1.0), (usage, 1 / K), (idle, 0.0)):
+        held.scatter_(1, longest, held.gather(1, longest).masked_fill_(due, fresh))
+
+
 def pairwise_cosine(prototypes: Tensor) -> Tensor:
     """(C,) mean cosine between the different prototypes of a class: 1 means they have collapsed; nan for K = 1."""
     K = prototypes.shape[1]
     gram = prototypes @ prototypes.transpose(1, 2)  # C K K
     off = gram.sum((1, 2)) - gram.diagonal(dim1=1, dim2=2).sum(1)
     return off / (K * (K - 1)) if K > 1 else torch.full_like(off, torch.nan)
+
+
+def _class_parts(prototypes: Tensor) -> list[slice]:
+    """Runs of classes small enough for a CPU's cache: with 847 classes fresh memory cost ten times the arithmetic."""
+    C, K, D = prototypes.shape
+    step = C if prototypes.device.type != "cpu" else max(1, CACHED // (K * D))
+    return [slice(c, min(c + step, C)) for c in range(0, C, step)]
