@@ -271,6 +271,9 @@ def predict_options(parser: Parser) -> None:
     parser.add_argument("--overlay", type=bool, default=True, help="also write the image under its labels")
     parser.add_argument("--confidence", action="store_true", help="also write the probability of the chosen class")
     parser.add_argument(
+        "--void_below", type=float, default=0.0, help="write pixels of a less probable class as void (255)"
+    )
+    parser.add_argument(
         "--submission_format",
         type=Literal["", "ade20k", "cityscapes"],
         default="",
@@ -285,7 +288,8 @@ def predict_options(parser: Parser) -> None:
 def predict(settings: Any) -> int:
     from protoseg.tasks.prediction import predict
 
-    names = ("out", "overlay", "confidence", "evaluation", "submission_format", "overwrite", "exif", "device")
+    names = ("out", "overlay", "confidence", "evaluation", "void_below", "submission_format")
+    names += ("overwrite", "exif", "device")
     return predict(settings.model, settings.images, **{name: settings[name] for name in names}).exit_code
 
 

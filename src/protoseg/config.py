@@ -52,6 +52,9 @@ class Data:
         root: the data set's folder. Empty: the environment variable `PROTOSEG_<NAME>`, e.g. `PROTOSEG_CAMVID`.
         file: the small YAML that describes a `folder` set (default: `<root>/dataset.yaml`).
         train_split, val_split, test_split: names of the splits as the data set calls them.
+        predicted: folder of predicted masks to train on beside the labelled ones (self-training), as `protoseg predict
+            --void_below` writes them; empty: none.
+        predicted_split: the split whose images they belong to.
         base_size: short side in pixels every image is resized to before augmentation and before evaluation
             (aspect kept); `None` keeps the original size. Metrics are always at the original label size.
         max_long_side: upper bound of the long side after `base_size`.
@@ -76,6 +79,8 @@ class Data:
     train_split: str = "train"
     val_split: str = "val"
     test_split: str = "test"
+    predicted: str = ""
+    predicted_split: str = "rest"
     base_size: int | None = None
     max_long_side: int | None = None
     crop_size: tuple[int, int] = (512, 512)

@@ -1,5 +1,7 @@
 """Every layout on a miniature tree with the official encodings; what is not a known layout is refused clearly."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.io
@@ -215,3 +217,39 @@ def test_images_and_masks_of_different_size_are_refused(tmp_path):
     dataset = SegmentationDataset(catalog.find(Data(name="folder", root=str(tmp_path)), "train"))
     with pytest.raises(DataError, match=r"a.png: the mask is 8 x 6 but its image .* is 6 x 8 .turned by 90 degrees"):
         dataset[0]
+
+
+def predicted_tree(root):
+    """Two labelled images, three unlabelled ones, and predicted masks for two of those."""
+    write_pairs(root, names=("a", "b"))
+    write_pairs(root / "more", names=("c", "d", "e"))
+    for name in ("c", "e"):
+        write_mask(root / "predicted" / f"{name}.png", (0, 1, 255))
+    (root / "dataset.yaml").write_text(
+        "train: {images: images, masks: masks}\nrest: {images: more/images}\nclasses: [x, y]\n"
+    )
+    return Data(name="folder", root=str(root), predicted=str(root / "predicted"))
+
+
+def test_predicted_masks_stand_beside_the_labelled_ones(tmp_path):
+    data = predicted_tree(tmp_path)
+    source = catalog.find_training(data)
+    assert source.stems == ("a", "b", "c", "e")
+    assert source.masks[2] == tmp_path / "predicted" / "c.png"
+    assert set(np.unique(SegmentationDataset(source)[2]["label"])) <= {0, 1, 255}
+    assert catalog.find_training(replace(data, predicted="")).stems == ("a", "b")
+
+
+def test_predicted_masks_that_cannot_be_meant_are_refused(tmp_path):
+    data = predicted_tree(tmp_path)
+    write_mask(tmp_path / "predicted" / "a.png", (0, 1))
+    with pytest.raises(DataError, match=r"are in train already"):
+        catalog.find_training(replace(data, predicted_split="train"))
+    with pytest.raises(DataError, match=r"no NAME.png for any of the 3 images"):
+        catalog.find_training(replace(data, predicted=str(tmp_path)))
+    (tmp_path / "dataset.yaml").write_text(
+        "train: {images: images, masks: masks}\nrest: {images: more/images}\n"
+        "classes: [x, y]\nlabel_map: {0: 1, 1: 0}\nignore: [255]\n"
+    )
+    with pytest.raises(DataError, match="hold other ids than class ids"):
+        catalog.find_training(data)

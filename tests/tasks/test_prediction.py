@@ -261,3 +261,17 @@ def test_a_table_too_large_gives_the_labels_of_windows(model, photos, monkeypatc
     expected = load(model, evaluation=Evaluation(mode="slide")).predict(photos / "a.png").labels
     monkeypatch.setattr(prediction, "LARGEST_TABLE", 1000)
     assert np.array_equal(load(model).predict(photos / "a.png").labels, expected)
+
+
+def test_what_the_model_is_not_sure_of_becomes_void(model, photos, tmp_path):
+    sure = load(model).predict(photos / "a.png", confidence=True)
+    level = float(np.median(sure.confidence))
+    predict(model, [photos / "a.png"], tmp_path / "out", void_below=level)
+    labels = read(tmp_path / "out" / "labels" / "a.png")
+    assert np.array_equal(labels, np.where(sure.confidence < level, 255, sure.labels))
+    assert 0 < (labels == 255).mean() < 1
+    assert not (tmp_path / "out" / "confidence").exists()
+    with pytest.raises(UserError, match="void_below is a probability"):
+        predict(model, [photos / "a.png"], tmp_path / "other", void_below=1.5)
+    with pytest.raises(DataError, match="another image, model or settings"):
+        raise DataError(predict(model, [photos / "a.png"], tmp_path / "out", void_below=level / 2).failed[0][1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from protoseg.config import Data, DataError
@@ -71,6 +71,46 @@ def find(data: Data, split: str) -> Source:
         rest = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise DataError(f"{data.name}/{split}: {first}{rest}. `protoseg data check` lists all of them with the fix")
     return source
+
+
+def find_training(data: Data) -> Source:
+    """The pairs to train on: `data.train_split`, and the images of `data.predicted_split` with predicted masks.
+
+    The masks are `data.predicted`, a folder of PNGs with class ids and void, as `protoseg predict` writes them. Images
+    without one are left out.
+
+    Raises:
+        DataError: as `find`; no predicted mask fits; or the set's own masks hold other ids than a prediction does.
+    """
+    source = find(data, data.train_split)
+    if not data.predicted:
+        return source
+    labels = source.labels
+    as_predicted = all(labels.table[i] == i for i in (*range(labels.num_classes), labels.ignore_index))
+    if not as_predicted:
+        raise DataError(
+            f"data.predicted: masks of {data.name} hold other ids than class ids 0..{labels.num_classes - 1} and "
+            f"{labels.ignore_index} for void, so predicted masks cannot stand beside them"
+        )
+    folder_, rest = Path(data.predicted).expanduser(), find(data, data.predicted_split)
+    masks = [folder_ / f"{stem}.png" for stem in rest.stems]
+    there = [i for i, mask in enumerate(masks) if mask.is_file()]
+    if not there:
+        raise DataError(
+            f"{folder_}: no NAME.png for any of the {len(rest)} images of {data.name}/{data.predicted_split}; make "
+            "them with `protoseg predict RUN IMAGES --out FOLDER --void_below 0.9` and give FOLDER/labels"
+        )
+    if both := sorted(set(source.stems) & {rest.stems[i] for i in there}):
+        raise DataError(
+            f"{folder_}: {both[0]} and {len(both) - 1} more are in {data.train_split} already; data.predicted_split "
+            "must name images that are not trained on with their own masks"
+        )
+    return replace(
+        source,
+        stems=source.stems + tuple(rest.stems[i] for i in there),
+        images=source.images + tuple(rest.images[i] for i in there),
+        masks=source.masks + tuple(masks[i] for i in there),
+    )
 
 
 def scan(data: Data, split: str) -> tuple[Source, list[Fault]]:

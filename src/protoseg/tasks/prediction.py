@@ -212,6 +212,7 @@ def predict(
     overlay: bool = True,
     confidence: bool = False,
     evaluation: Evaluation | None = None,
+    void_below: float = 0.0,
     submission_format: Submission = "",
     overwrite: bool = False,
     exif: bool = False,
@@ -226,6 +227,8 @@ def predict(
         overlay: also write the image under its labels.
         confidence: also write the probability of the chosen class, float16.
         evaluation: whole image or windows; default: as the model was validated.
+        void_below: pixels whose class is less probable than this are written as void (255, or 65535 where 255 is a
+            class), so that sure predictions can be trained on: `data.predicted`.
         submission_format: the ids a benchmark server wants: `ade20k` (id + 1) or `cityscapes` (labelIds).
         overwrite: do again what is there already.
         exif: turn images upright as their EXIF orientation says.
@@ -238,7 +241,9 @@ def predict(
     jobs = plan(images, Path(out))
     predictor = load(model, device=device, evaluation=evaluation)
     encode = submission_encoder(submission_format, predictor.names)
-    made_from = fingerprint(model_folder(model), predictor.evaluation, submission_format, exif)
+    if not 0 <= void_below <= 1 or (void_below and submission_format):
+        raise UserError(f"void_below is a probability, and 0 for a server's ids; given {void_below}")
+    made_from = fingerprint(model_folder(model), predictor.evaluation, submission_format, exif, void_below)
 
     written: list[Path] = []
     skipped: list[Path] = []
@@ -249,7 +254,7 @@ def predict(
             if is_done(target, origin, overlay, confidence, overwrite):
                 skipped.append(target.labels)
                 continue
-            result = predictor.predict(source, confidence=confidence, exif=exif)
+            result = predictor.predict(source, confidence=confidence or void_below > 0, exif=exif)
         except DataError as fault:
             failed.append((source, str(fault)))
             continue
@@ -257,12 +262,13 @@ def predict(
             write_json(Path(out) / "legend.json", legend(predictor, submission_format, encode))
         if overlay:
             write_whole(target.overlay, partial(result.overlay().save, format="PNG"))
-        if result.confidence is not None:
+        if confidence and result.confidence is not None:
             write_whole(target.confidence, partial(np.save, arr=result.confidence.astype(np.float16)))
         if submission_format:
             picture = Image.fromarray(encode(result.labels))
         else:
-            picture = index_image(result.labels, result.palette, ignore_index=-1)
+            labels, void = _sure(result, void_below)
+            picture = index_image(labels, result.palette, ignore_index=void)
         note = PngImagePlugin.PngInfo()
         note.add_text(ORIGIN, origin)
         write_whole(target.labels, partial(picture.save, format="PNG", pnginfo=note))
@@ -270,6 +276,14 @@ def predict(
     outcome = Outcome(tuple(written), tuple(skipped), tuple(failed))
     _report(outcome, Path(out))
     return outcome
+
+
+def _sure(result: Prediction, void_below: float) -> tuple[np.ndarray, int]:
+    """Labels with void where the model is not sure, and the id of void; -1 where there is none."""
+    if not void_below or result.confidence is None:
+        return result.labels, -1
+    void = 255 if len(result.names) <= 255 else 65535
+    return np.where(result.confidence < void_below, void, result.labels), void
 
 
 def _report(outcome: Outcome, out: Path) -> None:

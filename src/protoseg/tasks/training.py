@@ -93,7 +93,7 @@ def train(recipe: Recipe) -> Path:
 
 
 def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine) -> Path:
-    training = catalog.find(recipe.data, recipe.data.train_split)
+    training = catalog.find_training(recipe.data)
     validation = catalog.find(recipe.data, recipe.data.val_split) if recipe.data.val_split else None
     settings = settings_to_keep(recipe, machine)
     start = 0
