@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from protoseg.config import Head, Model, UserError
@@ -33,10 +34,12 @@ def assemble(
     backbone: Any, decoder: Any, model: Model, head: Head, num_classes: int, ignore_index: int = 255
 ) -> Segmenter:
     """A `Segmenter` from a backbone and a decoder that are already there, for networks of your own."""
+    with torch.random.fork_rng(devices=[]):  # what one head draws more than another must not move what comes after it
+        classifier = build_head(head, decoder.out_channels, num_classes, ignore_index)
     return Segmenter(
         backbone,
         decoder,
-        build_head(head, decoder.out_channels, num_classes, ignore_index),
+        classifier,
         backbone.mean,
         backbone.std,
         auxiliary_weight=model.auxiliary_weight,

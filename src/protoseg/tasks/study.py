@@ -234,7 +234,7 @@ def start(folder: Path, cell: Cell, plan: Study, workers: int, threads: int, dev
         environment["CUDA_VISIBLE_DEVICES"] = device
     with open(cell.folder / LOG, "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "protoseg.tasks.study_cell", str(cell.folder)],
+            command(cell),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -244,6 +244,11 @@ def start(folder: Path, cell: Cell, plan: Study, workers: int, threads: int, dev
         )
     print(f"{cell.name}: started" + (f" on GPU {device}" if device is not None else ""), flush=True)
     return Running(cell, process, lock, device, time.monotonic())
+
+
+def command(cell: Cell) -> list[str]:
+    """What runs a cell, once its `cell.json` is there."""
+    return [sys.executable, "-m", "protoseg.tasks.study_cell", str(cell.folder)]
 
 
 def finish(one: Running, plan: Study, stopped: bool) -> bool:

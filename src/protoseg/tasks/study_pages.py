@@ -117,12 +117,17 @@ def gap(found: dict[str, Any] | None) -> str:
     """ "+1.20 [+0.31, +2.09]", in points."""
     if found is None or found["mean"] != found["mean"]:
         return "-"
-    return f"{100 * found['mean']:+.2f}{' ' if found['low'] is not None else ''}{interval(found)}"
+    return f"{points(found['mean'])} {interval(found)}".rstrip()
 
 
 def interval(found: dict[str, Any]) -> str:
     """ "[+0.31, +2.09]", in points; empty where there is none."""
-    return f"[{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]" if found["low"] is not None else ""
+    return f"[{points(found['low'])}, {points(found['high'])}]" if found["low"] is not None else ""
+
+
+def points(value: float, digits: int = 2) -> str:
+    """A difference of ratios in points with its sign; never -0."""
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}"
 
 
 def amount(found: dict[str, Any] | None, form: str) -> str:
@@ -180,7 +185,7 @@ def draw_differences(path: Path, plan: Study, content: dict[str, Any]) -> bool:
             axis.spines[side].set_visible(False)
     centres = [index * (len(columns) + 0.7) + (len(columns) - 1) / 2 for index in range(len(names))]
     axes[0].set_yticks(centres, names)
-    axes[0].tick_params(axis="y", colors=INK, labelsize=9)
+    axes[0].tick_params(axis="y", colors=INK, labelsize=9, pad=10)  # room for an arrow
     axes[0].set_ylim(rows - 0.4, -1.0)
     _explain(figure, columns)
     write_whole(path, lambda fresh: figure.savefig(fresh, format="png"))
@@ -250,10 +255,10 @@ def page(folder: Path, plan: Study, content: dict[str, Any], plot: Path | None) 
         METRICS=METRICS,
         COSTS=COSTS,
         shown=shown_columns(plan),
-        title=title,
         spread=spread,
         gap=gap,
         interval=interval,
+        points=points,
         amount=amount,
         heat=heat,
         gains=gains(plan, content),
