@@ -11,8 +11,8 @@ What is exact, and when it is done (M: arithmetic of a pixel):
   the length, for which the embedding has to be made anyway; there, thinning gets all that is to be had.
   Through a bilinear resize the lengths count, as they weigh neighbours against each other: they are made for the pixels
   along the borders of classes alone.
-* A norm of the features over channels, of rows (`projection_norm="width"`) or of the scores over classes stands between
-  and forbids folding; such heads take the rest.
+* A norm of the features over channels, of rows (`projection_norm="width"`) or of the scores over classes, or another
+  distance than the cosine, stands between and forbids folding; such heads take the rest.
 
 Pruning leaves out prototypes that training left idle, bfloat16 and int8 round: these may change labels, so the share of
 labels kept on features one gives is measured and must be as large as one asks."""
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from protoseg.kernels import inference as kernel
 from protoseg.kernels.inference import Precision
 from protoseg.method.head import DEAD_SHARE, PromotedLayerNorm, PrototypeHead
-from protoseg.method.similarity import unit
+from protoseg.method.similarity import measured, unit
 
-BORDER = 0.25  # share of the pixels that lie at a border of classes, for the rule of folding: a guess on the high side
+BORDER = 0.25  # share of feature pixels at a border of classes; in CamVid's masks at stride 4 it is 0.22
 
 
 def freeze(
@@ -58,11 +58,15 @@ def freeze(
 
     Raises:
         ValueError: fewer labels kept than `agreement`, says how many; precision without calibration; an unknown
-            precision, or one this machine cannot compute in.
+            precision, or one this machine cannot compute in; a head whose classes are spread over ranks.
     """
     if precision not in ("full", "bf16", "int8"):
         raise ValueError(f'precision must be "full", "bf16" or "int8", given {precision!r}')
     device = head.prototypes.device
+    if len(head.prototypes) != head.num_classes:
+        raise ValueError(
+            f"this rank holds {len(head.prototypes)} of the {head.num_classes} classes; freeze a whole head"
+        )
     if precision != "full" and calibration is None:
         raise ValueError(
             f'precision="{precision}" rounds, and must show on calibration features that labels stay: '
@@ -89,6 +93,8 @@ def label_agreement(head: nn.Module, other: FrozenHead, batches: Sequence[Tensor
     """Share of the pixels of (B, D', h, w) features to which `other` gives the label of highest score of `head`."""
     same = pixels = 0
     for features in batches:
+        if not features.numel():
+            continue
         expected = head(features).argmax(1)
         same += int((other.labels(features) == expected).sum())
         pixels += expected.numel()
@@ -170,12 +176,13 @@ class FrozenHead(nn.Module):
         self.ignore_index, self.align_corners = head.ignore_index, head.align_corners
         self.projection_norm, self.precision = head.projection_norm, precision
         self.agreement: float | None = None
+        self.distance = head.distance
         dtype = torch.promote_types(head.prototypes.dtype, torch.float32)
         kept = used_prototypes(head.usage) if prune else torch.ones_like(head.usage, dtype=torch.bool)
         self.kept = int(kept.sum())
         self.feature_norm = _copied(head.feature_norm, dtype)
         self.score_norm = _copied(head.score_norm, dtype)
-        self.register_buffer("log_scale", head.log_scale.detach().clone())
+        self.register_buffer("log_scale", head.log_scale.detach().to(dtype, copy=True))
 
         convolutions = [m for m in head.projection.modules() if isinstance(m, nn.Conv2d)]
         layers = [(_weight(m).double(), _bias(m).double()) for m in convolutions]
@@ -191,7 +198,8 @@ class FrozenHead(nn.Module):
         self.folded: Prototypes | None = None
         r = vectors.shape[2]
         made = BORDER * (hidden * hidden * (len(layers) - 1) + hidden * r)  # again, of lengths at borders
-        if straight and self.score_norm is None and self.kept * hidden + made < r * (hidden + self.kept):
+        self.plain_scores = self.score_norm is None and self.distance == "cosine"  # as the maxima, up to one factor
+        if straight and self.plain_scores and self.kept * hidden + made < r * (hidden + self.kept):
             weight, bias = layers[-1]
             self.folded = Prototypes(vectors @ weight, vectors @ bias, kept, precision, dtype)
         self.requires_grad_(False)
@@ -210,10 +218,9 @@ class FrozenHead(nn.Module):
             table = self.prototypes.table()
             for start, raw in self._embeddings(features):
                 best = kernel.class_maxima(raw, table)  # C n
-                best *= self.log_scale.exp().to(raw.dtype) / _length(raw)
                 if scores is None:
                     scores = best.new_empty(self.num_classes, B * h * w)
-                scores[:, start : start + len(raw)] = best if self.score_norm is None else self.score_norm(best.T).T
+                scores[:, start : start + len(raw)] = self._scores(best, raw)
         if scores is None:
             return features.new_empty(B, self.num_classes, h, w)
         return scores.view(-1, B, h, w).transpose(0, 1)
@@ -237,7 +244,7 @@ class FrozenHead(nn.Module):
         features = self._prepared(features)
         N = B * h * w
         with torch.autocast(features.device.type, enabled=False):
-            folded, weighed = self.folded is not None, size != (h, w)
+            folded, weighed = self.folded is not None, size != (h, w) and self.plain_scores
             table = (self.folded or self.prototypes).table()
             rows: Tensor | None = None
             factor: Tensor | None = None  # one over the length, NaN where not yet known
@@ -247,10 +254,7 @@ class FrozenHead(nn.Module):
                     rows = best.new_empty(N, self.num_classes)
                     factor = best.new_full((N,), torch.nan) if weighed else None
                 part = slice(start, start + len(raw))
-                if self.score_norm is not None:
-                    rows[part] = self.score_norm((best * (self.log_scale.exp().to(raw.dtype) / _length(raw))).T)
-                    continue
-                rows[part] = best.T
+                rows[part] = (best if self.plain_scores else self._scores(best, raw)).T
                 if factor is not None and not folded:
                     factor[part] = _length(raw).reciprocal_()
             if rows is None:
@@ -262,8 +266,14 @@ class FrozenHead(nn.Module):
                     self._learn_lengths(features, index, factor)
                 return factor[index]
 
-            needs = None if self.score_norm is not None else weigh
-            return kernel.resized_labels(rows, (B, h, w), size, self.align_corners, weigh=needs, dtype=dtype)
+            return kernel.resized_labels(
+                rows, (B, h, w), size, self.align_corners, weigh=weigh if weighed else None, dtype=dtype
+            )
+
+    def _scores(self, best: Tensor, raw: Tensor) -> Tensor:
+        """(C, n) class maxima of an embedding (n, D) of any length -> (C, n) scores, as `PrototypeHead.score`."""
+        scores = measured(best.div_(_length(raw)), self.distance) * self.log_scale.exp().to(raw.dtype)
+        return scores if self.score_norm is None else self.score_norm(scores.T).T
 
     def _prepared(self, features: Tensor) -> Tensor:
         """Features in fp32 at least; those of a head with a norm along the width are projected here, whole."""
@@ -327,7 +337,7 @@ def _bias(convolution: nn.Conv2d) -> Tensor:
 
 def _linear(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=dtype)
-    layer.weight, layer.bias = nn.Parameter(weight.to(dtype).contiguous()), nn.Parameter(bias.to(dtype))
+    layer.weight, layer.bias = (nn.Parameter(v.to(dtype, copy=True).contiguous()) for v in (weight, bias))
     return layer
 
 

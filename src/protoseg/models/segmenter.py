@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.config import Head, Model
+from protoseg.method.inference import FrozenHead, bilinear_labels
 from protoseg.method.losses import Losses, segmentation_cross_entropy
 from protoseg.models.blocks import ConvNormAct, start_for_relu
 
@@ -79,6 +80,23 @@ class Segmenter(nn.Module):
                 scores, size=padded.shape[-2:], mode="bilinear", align_corners=self.head.align_corners
             )
         return scores[..., :H, :W]
+
+    @torch.no_grad()
+    def labels(self, images: Tensor, *, dtype: torch.dtype = torch.int64) -> Tensor:
+        """(B, 3, H, W) images -> (B, H, W) class of highest score: the arg-max of `forward` away from ties.
+
+        The (B, C, H, W) table of scores at image size is never made: only pixels along the borders of classes are
+        resized at all. Takes half of the head's time off at 150 classes, and a frozen head (`method.inference`) more.
+        """
+        H, W = images.shape[-2:]
+        padded = self._prepare(images)
+        size = (padded.shape[-2], padded.shape[-1])
+        features = self.decoder(self.backbone(padded))
+        if isinstance(self.head, FrozenHead):
+            labels = self.head.labels(features, size, dtype=dtype)
+        else:
+            labels = bilinear_labels(self.head(features), size, align_corners=self.head.align_corners, dtype=dtype)
+        return labels[..., :H, :W]
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, D', h, w) what the head sees of the padded images."""

@@ -1,0 +1,85 @@
+"""The products of a frozen head against plain sums."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from heads import seeded
+from protoseg.kernels import inference as kernel
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def table(precision, vectors, bias=None, groups=None, classes=4):
+    step = None
+    if precision == "int8":
+        vectors, step = kernel.quantize(vectors)
+    if precision == "bf16":
+        vectors = vectors.bfloat16()
+    return kernel.Table(vectors, step, bias, groups or ((None, classes, len(vectors) // classes),), classes)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("precision", "error"), [("full", 1e-12), ("bf16", 0.06), ("int8", 0.06)])
+@pytest.mark.parametrize("n", [1, 37])
+def test_class_maxima_of_uneven_groups(precision, error, biased, n):
+    vectors, rows = F.normalize(numbers(7, 16), dim=1), numbers(n, 16, seed=1)
+    bias = numbers(7, 1, seed=2) if biased else None
+    groups = ((torch.tensor([2, 0]), 2, 1), (torch.tensor([1]), 1, 2), (torch.tensor([3]), 1, 3))
+    products = vectors @ rows.T + (0 if bias is None else bias)
+    expected = torch.stack([products[1], products[2:4].amax(0), products[0], products[4:].amax(0)])
+    found = kernel.class_maxima(rows, table(precision, vectors, bias, groups))
+    assert found.dtype == torch.float64
+    assert_close(found, expected, rtol=0, atol=error * float(rows.norm(dim=1).max()))
+
+
+def test_int8_is_exact_on_whole_steps():
+    g = seeded(0)
+    vectors = torch.randint(-127, 128, (8, 24), generator=g).double()
+    rows = torch.randint(-127, 128, (5, 24), generator=g).double()
+    vectors[:, 0] = rows[:, 1] = 127  # the largest number of a row is worth 127 steps
+    scale, size = numbers(8, 1, seed=1).abs() + 0.1, numbers(5, 1, seed=2).abs() + 0.1
+    found = kernel.class_maxima(rows * size, table("int8", vectors * scale))
+    expected = ((vectors * scale) @ (rows * size).T).view(4, 2, -1).amax(1)
+    assert_close(found, expected, rtol=1e-12, atol=1e-9)
+
+
+def test_a_row_of_zeros_quantizes_to_zeros():
+    integers, unit = kernel.quantize(torch.zeros(2, 3))
+    assert integers.eq(0).all()
+    assert unit.isfinite().all()
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("size", "out"), [(1, 1), (1, 9), (9, 1), (7, 7), (5, 20), (20, 5), (13, 17)])
+def test_taps_are_those_of_the_bilinear_resize(size, out, align_corners):
+    line = numbers(size)
+    low, high, share = kernel.taps(size, out, align_corners, line)
+    expected = F.interpolate(line[None, None, :, None], size=(out, 1), mode="bilinear", align_corners=align_corners)
+    assert_close(line[low] * (1 - share) + line[high] * share, expected[0, 0, :, 0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("width", [1, 7, 1000])
+def test_bands_are_the_pixels_in_order(layout, width):
+    features = numbers(2, 3, 4, 5).to(memory_format=layout)
+    expected = features.permute(0, 2, 3, 1).reshape(-1, 3)
+    found = torch.full_like(expected, torch.nan)
+    for start, rows in kernel.bands(features, width):
+        assert len(rows) <= width
+        found[start : start + len(rows)] = rows
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_best_class_is_the_first_of_the_largest(dtype):
+    rows = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-1.0, -2.0, 0.0]], dtype=dtype)
+    assert kernel.best_class(rows).tolist() == [1, 0, 2]
+    assert kernel.best_class(rows[:0]).tolist() == []
+
+
+def test_int8_products_work_on_this_machine():
+    assert kernel.int8_reason("cpu") == ""
