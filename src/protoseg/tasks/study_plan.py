@@ -23,10 +23,7 @@ Build = Callable[[dict[str, Any]], Recipe]  # dotted settings -> the base recipe
 OURS = ("out", "seed", "resume")  # set by the study itself
 # Say where and how a number is computed, not which: a cell may be continued on another machine. Paths are not compared,
 # what lies there is as far as it is known: whether there are weights, and the text of a data set's description.
-NEUTRAL = (
-    *("out", "resume", "accelerator", "devices", "nodes", "val_every", "checkpoint_every", "log_every"),
-    *("data.root", "data.file", "data.workers", "data.cache", "data.max_pixels", "model.weights", "model.pretrained"),
-)
+NEUTRAL = tuple(name for name in training.FREE if name not in ("steps", "micro_batch", "evaluation"))
 
 
 @dataclass(frozen=True)
