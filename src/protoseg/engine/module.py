@@ -59,21 +59,22 @@ class SegmentationModule(LightningModule):
         # counted on the device and looked at now and then: a look at every step would stop a GPU at every step
         self.register_buffer("failures", torch.zeros((), dtype=torch.int64))
         self.register_buffer("longest", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._noted: Tensor | None = None  # `longest` on its way to the CPU
 
-    def compile_network(self) -> None:
+    def compile_network(self, backend: str = "inductor") -> None:
         """Let torch.compile fuse backbone and decoder from the first training step on; the head has its own kernels.
 
         In place: names of parameters, and so what is saved, stay as they are. Validation, whose pictures may have any
-        size, goes on without.
+        size, goes on without. Dropout is drawn by another generator than without the compiler.
 
         Raises:
             UserError: no C++ compiler for a network on the CPU.
         """
         compilers = (os.environ.get("CXX", "g++"), "clang++")
-        if not torch.cuda.is_available() and not any(map(shutil.which, compilers)):
+        if backend == "inductor" and not torch.cuda.is_available() and not any(map(shutil.which, compilers)):
             raise UserError(f"compile needs a C++ compiler ({', '.join(compilers)}); install one or set compile false")
         for part in (self.model.backbone, self.model.decoder):
-            part.compile(dynamic=False)
+            part.compile(backend=backend, dynamic=False)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.optim)
@@ -92,8 +93,7 @@ class SegmentationModule(LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)  # the same on all ranks, so they decide alike
         finite = norm.isfinite()
-        for gradient in gradients:
-            gradient.masked_fill_(~finite, 0)
+        zero_unless_(finite, gradients)
         # where AMP will skip the step, the loss is finite but the gradient is not: the prototypes skip it as well
         self.model.update([replace(losses, total=losses.total.detach() + 0 * norm) for losses in batches])
         self.parts = mean_parts([losses.parts for losses in batches]) | {"grad_norm": norm}
@@ -106,13 +106,24 @@ class SegmentationModule(LightningModule):
             finite = torch.stack([losses.total.detach().isfinite() for losses in batches]).all()
         self.failures.copy_(torch.where(finite, 0, self.failures + 1))
         self.longest.copy_(torch.maximum(self.longest, self.failures))
-        look = self.device.type == "cpu" or self.global_step % PATIENCE == 0
-        if look and int(self.longest) >= PATIENCE:
+        if self._longest_known() >= PATIENCE:
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in self.parts.items())
             raise UserError(
                 f"no finite loss and gradient for {PATIENCE} steps in a row, until step {self.global_step} ({values}); "
                 "lower optim.lr, lengthen optim.warmup_steps, set optim.clip or choose precision 32-true"
             )
+
+    def _longest_known(self) -> int:
+        """`longest` without waiting for a GPU: as it was `PATIENCE` steps ago, or a few more."""
+        if self.device.type == "cpu":
+            return int(self.longest)
+        if self.global_step % PATIENCE:
+            return 0
+        if self._noted is None:
+            self._noted = torch.zeros_like(self.longest, device="cpu").pin_memory()
+        known = int(self._noted)
+        self._noted.copy_(self.longest, non_blocking=True)
+        return known
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -147,6 +158,18 @@ def step_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     for part in (step, micro_batch, rank):
         value = ((value ^ (value >> 31)) * 0xBF58476D1CE4E5B9 + part * 0x9E3779B97F4A7C15 + 1) % 2**64
     return value ^ (value >> 29)
+
+
+def zero_unless_(finite: Tensor, gradients: list[Tensor]) -> None:
+    """Set all gradients to 0 where `finite`, a single bool on their device, is false; else they keep their bits.
+
+    As whole numbers, for which 0 times NaN is 0: that is a few kernels for all parameters, not one for each.
+    """
+    same = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for size, kind in same.items():
+        bits = [gradient.view(kind) for gradient in gradients if gradient.element_size() == size]
+        if bits:
+            torch._foreach_mul_(bits, finite.to(kind))
 
 
 def mean_parts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
