@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from protoseg.config import Evaluation, UserError
+from protoseg.config import Evaluation, Head, Model, UserError
 from protoseg.engine.windows import _swept, segment, segment_labels, window_starts
+from protoseg.models import build
+from protoseg.models.segmenter import Segmenter
 
 
 class Local(nn.Module):
@@ -156,6 +158,34 @@ def test_the_table_of_a_huge_image_is_never_whole():
     assert sum(seen) == 600 * 900
     assert max(seen) <= 160 * 64
     assert largest == 64 * 64
+
+
+@torch.no_grad()
+def test_one_pass_over_a_network_takes_the_short_way_to_the_same_labels(monkeypatch):
+    torch.manual_seed(0)
+    model = build(Model(network="tiny"), Head(num_prototypes=2, embed_dim=8), 5).eval()
+    image = picture(45, 70)
+    taken = []
+    labels = Segmenter.labels
+    monkeypatch.setattr(Segmenter, "labels", lambda *a, **k: taken.append(1) or labels(*a, **k))
+    one_window = Evaluation(mode="slide", window=(64, 96), stride=(32, 48))
+    for evaluation, size, confidence, short in [
+        (Evaluation(), None, False, True),
+        (one_window, None, False, True),
+        (Evaluation(), None, True, False),
+        (Evaluation(), (90, 140), False, False),  # probabilities are what is resized, not scores
+        (Evaluation(flip=True), None, False, False),
+        (Evaluation(scales=(1.0, 0.5)), None, False, False),
+        (Evaluation(mode="slide", window=(32, 32), stride=(16, 16)), None, False, False),
+    ]:
+        taken.clear()
+        found, sure = segment_labels(model, image, evaluation, size, confidence=confidence, dtype=torch.uint8)
+        assert bool(taken) == short, evaluation
+        assert (sure is not None) == confidence
+        assert found.dtype == torch.uint8
+        top = segment(model, image, evaluation, size).topk(2, dim=0)
+        clear = top.values[0] - top.values[1] > 1e-5
+        assert torch.equal(found[clear].long(), top.indices[0][clear])
 
 
 NIGHTLY = """

@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from protoseg.config import Head, Model
+from protoseg.method.inference import freeze
 from protoseg.method.losses import segmentation_cross_entropy
 from protoseg.models import HEADS, Segmenter, assemble, networks
 
@@ -169,3 +170,18 @@ def test_data_parallel_needs_no_search_for_unused_parameters(kind, tmp_path):
             training.module.segmenter.update(training.module.losses)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 96)])
+@pytest.mark.parametrize("kind", HEADS)
+def test_labels_are_the_arg_max_of_the_scores(kind, size):
+    model, images = small(kind).eval(), torch.rand(2, 3, *size)
+    with torch.no_grad():
+        top = model(images).topk(2, dim=1)
+    clear = top.values[:, 0] - top.values[:, 1] > 1e-4
+    heads = [model.head, freeze(model.head)] if kind == "prototype" else [model.head]
+    for head in heads:
+        model.head = head
+        labels = model.labels(images, dtype=torch.uint8)
+        assert labels.shape == (2, *size)
+        assert torch.equal(labels[clear].long(), top.indices[:, 0][clear])

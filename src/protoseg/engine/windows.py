@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.config import Evaluation, UserError
+from protoseg.models.segmenter import Segmenter
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two exclusive
@@ -84,7 +85,8 @@ def segment_labels(
     A window's probabilities are dropped as soon as no later window overlaps them, so `slide` at one scale holds one
     window and the overlap of two rows of windows: 4000×6000 pixels of 171 classes fit in 2 GiB (the table itself has
     15.3). Where the answer is larger than what the network saw (`base_size`, scales), the maps are enlarged a strip of
-    rows at a time. With several scales one map per scale is held.
+    rows at a time. With several scales one map per scale is held. Where the answer is one pass over the whole image and
+    nothing is averaged, softmax does not change the arg-max and `Segmenter.labels` gives it without any table.
 
     Args:
         model, image, evaluation, size, batch: as `segment`.
@@ -99,6 +101,8 @@ def segment_labels(
     """
     size = _image_size(image) if size is None else size
     device = _device(model)
+    if isinstance(model, Segmenter) and not confidence and _is_one_pass(image, evaluation, size):
+        return model.labels(image[None].to(device), dtype=dtype)[0], None
     labels = torch.empty(size, dtype=dtype, device=device)
     sure = torch.empty(size, dtype=torch.float32, device=device) if confidence else None
 
@@ -108,6 +112,14 @@ def segment_labels(
             sure[top:bottom, left:right] = best
         del block  # while the next one is computed
     return labels, sure
+
+
+def _is_one_pass(image: Tensor, evaluation: Evaluation, size: Size) -> bool:
+    """Whether the network's scores for the whole image are the answer, with nothing to average or resize."""
+    check(evaluation)
+    rows, columns = _grid(image, evaluation)
+    one_window = len(rows[0]) == len(columns[0]) == 1
+    return one_window and evaluation.scales == (1.0,) and not evaluation.flip and size == _image_size(image)
 
 
 def _finished_blocks(
