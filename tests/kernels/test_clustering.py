@@ -1,15 +1,35 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from heads import seeded
 from protoseg import kernels
-from protoseg.method import clustering
-from protoseg.method.prototypes import assigned_sums
+from protoseg.kernels import clustering_cpu
+from protoseg.method import clustering, ranks
+from protoseg.method.prototypes import Memory, assigned_sums, move_, note_usage_, reseed_
+from protoseg.method.similarity import unit
 
-QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+QUICK = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(params=["C", "PyTorch"])
+def way(request, monkeypatch):
+    """Both ways behind the door: the operators that a C compiler made, and the PyTorch lines without one."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(clustering_cpu, "takes", lambda *tensors: False)
+    elif not clustering_cpu.available():
+        pytest.skip("no C compiler")
+    return request.param
+
+
+@pytest.fixture
+def compiled():
+    if not clustering_cpu.available():
+        pytest.skip("no C compiler")
 
 
 def problem(seed: int, n: int, classes: int, k: int, void: float = 0.1):
@@ -22,7 +42,7 @@ def problem(seed: int, n: int, classes: int, k: int, void: float = 0.1):
 @QUICK
 @given(seed=st.integers(0, 10_000), n=st.integers(0, 200), classes=st.integers(1, 12), k=st.integers(1, 10))
 @pytest.mark.parametrize("kappa", [0.05, 0.3])
-def test_scaling_vectors_give_the_plan_of_the_log_domain(kappa, seed, n, classes, k):
+def test_scaling_vectors_give_the_plan_of_the_log_domain(way, kappa, seed, n, classes, k):
     own, labels = problem(seed, n, classes, k)
     true = clustering.sinkhorn(own, labels, classes, kappa=kappa, total=clustering.alone).exp()
     plan = kernels.transport_plan(own, labels, classes, kappa, 3, clustering.alone)
@@ -32,13 +52,34 @@ def test_scaling_vectors_give_the_plan_of_the_log_domain(kappa, seed, n, classes
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("present", [3, 40])
-def test_assignments_are_those_of_the_log_domain(present, dtype):
+def test_assignments_are_those_of_the_log_domain(way, present, dtype):
     own, labels = problem(1, 4000, present, 10)
     own = own.to(dtype)
     fast = clustering.balanced_assignment(own, labels, 50)
     with kernels.plain_only():
         plain = clustering.balanced_assignment(own, labels, 50)
     assert int((fast != plain)[labels >= 0].sum()) <= (0 if dtype == torch.float64 else 2)
+
+
+@QUICK
+@given(seed=st.integers(0, 10_000), n=st.integers(0, 60), classes=st.integers(1, 40), k=st.integers(1, 12))
+@pytest.mark.parametrize("small", ["nearest", "plan"])
+def test_assignments_of_small_classes_and_strided_cosines_are_those_of_the_log_domain(way, small, seed, n, classes, k):
+    own, labels = problem(seed, n, classes, k)
+    best = clustering.sinkhorn(own, labels, classes).exp().topk(min(k, 2), 1).values
+    tied = best[:, 0] - best[:, -1] < 1e-9  # two pixels may share two prototypes exactly: either is right
+    judged = (labels >= 0) & (~tied | (k == 1) | (small == "nearest"))
+    for cosines in (own, own.T.contiguous().T):
+        fast = clustering.balanced_assignment(cosines, labels, classes, small_classes=small)
+        with kernels.plain_only():
+            plain = clustering.balanced_assignment(cosines, labels, classes, small_classes=small)
+        assert torch.equal(fast[judged], plain[judged])
+        assert ((fast >= 0) & (fast < k)).all()
+
+
+def test_a_class_that_does_not_exist_is_refused(way):
+    with pytest.raises((IndexError, RuntimeError)):
+        clustering.balanced_assignment(torch.rand(4, 3), torch.tensor([0, 1, 2, 9]), 3)
 
 
 def test_a_kappa_whose_exponents_do_not_fit_is_left_to_the_log_domain():
@@ -50,7 +91,7 @@ def test_a_kappa_whose_exponents_do_not_fit_is_left_to_the_log_domain():
 
 @pytest.mark.parametrize("iterations", [3, 50])
 @pytest.mark.parametrize("kind", ["alike", "apart", "random signs"])
-def test_the_furthest_cosines_and_many_rounds_stay_in_range_in_fp32(kind, iterations):
+def test_the_furthest_cosines_and_many_rounds_stay_in_range_in_fp32(way, kind, iterations):
     own = torch.ones(3000, 10)
     if kind == "apart":  # one prototype everybody loves, one nobody does
         own[:, 1:] = -1
@@ -65,7 +106,7 @@ def test_the_furthest_cosines_and_many_rounds_stay_in_range_in_fp32(kind, iterat
 
 @QUICK
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 100), count=st.integers(1, 20))
-def test_sorted_sums_are_the_sums(seed, n, count):
+def test_sorted_sums_are_the_sums(way, seed, n, count):
     g = seeded(seed)
     rows = torch.randn(n, 5, generator=g, dtype=torch.float64)
     index = torch.randint(-1, count, (n,), generator=g)
@@ -76,7 +117,7 @@ def test_sorted_sums_are_the_sums(seed, n, count):
     assert torch.equal(counts, true_counts)
 
 
-def test_sums_of_nothing_are_zero():
+def test_sums_of_nothing_are_zero(way):
     sums, counts = assigned_sums(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 3)
     assert sums.shape == (3, 4)
     assert not sums.any()
@@ -88,3 +129,165 @@ def test_row_products_are_inner_products(n):
     rows, table = torch.randn(n, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
     index = torch.randint(9, (n,))
     assert_close(kernels.row_products(rows, table, index), (rows * table[index]).sum(1), rtol=0, atol=1e-12)
+
+
+# --- the memory's steps in place ------------------------------------------------------------------------------------
+
+SOUND = torch.zeros((), dtype=torch.float64)
+RULES = ["constant", "bias_corrected", "count_aware"]
+
+
+def remember(classes, k, d, seed=0, dtype=torch.float64):
+    g = seeded(seed)
+    vectors = unit(torch.randn(classes, k, d, generator=g, dtype=torch.float64))
+    numbers = [torch.rand(classes, k, generator=g, dtype=torch.float64) for _ in range(3)]
+    numbers[0] *= torch.rand(classes, k, generator=g) > 0.3  # some weigh nothing yet
+    idle = torch.randint(6, (classes, k), generator=g).double()
+    return Memory(*(t.to(dtype) for t in (vectors, *numbers, idle)))
+
+
+def pixels(seed, n, d, count, dtype=torch.float64):
+    g = seeded(seed)
+    x = unit(torch.randn(n, d, generator=g, dtype=torch.float64)).to(dtype)
+    return x, torch.randint(-1, count, (n,), generator=g)
+
+
+def move(memory, x, moving, verdict=SOUND, rule="constant", total=clustering.alone):
+    return move_(memory, x, moving, verdict.to(x.dtype), momentum=0.9, rule=rule, count_cap=3.0, total=total)
+
+
+def copied(memory):
+    return Memory(*(t.clone() for t in memory))
+
+
+def step(memory, x, moving, verdict=SOUND, rule="constant", total=clustering.alone, after=3):
+    counts = move(memory, x, moving, verdict, rule, total)
+    note_usage_(memory, counts, verdict.to(x.dtype))
+    reseed_(memory, x, moving, verdict.to(x.dtype), after)
+    return counts
+
+
+@pytest.mark.parametrize("summed", [clustering.alone, lambda t: t.clone()], ids=["alone", "over ranks"])
+@pytest.mark.parametrize("rule", RULES)
+@QUICK
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(0, 60),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 20)),
+)
+def test_the_memory_steps_are_the_plain_ones(way, rule, summed, seed, n, size):
+    fast = remember(*size, seed=seed)
+    plain = copied(fast)
+    for s in range(3):
+        x, moving = pixels(seed + s, n, size[2], size[0] * size[1])
+        counts = step(fast, x, moving, rule=rule, total=summed)
+        with kernels.plain_only():
+            true = step(plain, x, moving, rule=rule, total=summed)
+        assert torch.equal(counts, true)
+        assert_close(tuple(fast), tuple(plain), rtol=0, atol=1e-12)
+
+
+def test_the_sums_of_many_ranks_move_as_the_pixels_themselves(compiled, monkeypatch):
+    x, moving = pixels(0, 50, 6, 12)
+    direct, summed = remember(3, 4, 6), remember(3, 4, 6)
+    move(direct, x, moving)
+    monkeypatch.setattr("protoseg.method.ranks.world_size", lambda: 2)
+    half = slice(0, 25), slice(25, 50)
+    parts = [assigned_sums(x[h], moving[h], 12, clustering.alone) for h in half]
+    monkeypatch.setattr("protoseg.method.prototypes.assigned_sums", lambda *_: [a + b for a, b in zip(*parts)])
+    move(summed, x[half[0]], moving[half[0]], total=ranks.total)
+    assert_close(tuple(direct), tuple(summed), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_verdict_that_is_not_finite_changes_no_bit(way, value):
+    memory = remember(3, 4, 6)
+    before = copied(memory)
+    step(memory, *pixels(0, 50, 6, 12), verdict=torch.tensor(float(value), dtype=torch.float64), after=1)
+    assert all(torch.equal(a, b) for a, b in zip(memory, before))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_broken_pixel_spoils_its_own_prototype_only(way, rule):
+    x, moving = pixels(0, 50, 6, 12)
+    x[7, 2], moving[7] = float("nan"), 5
+    memory = remember(3, 4, 6)
+    before = copied(memory)
+    move(memory, x, moving, rule=rule)
+    assert all(m.isfinite().all() for m in memory)
+    assert torch.equal(memory.prototypes.flatten(0, 1)[5], before.prototypes.flatten(0, 1)[5])
+    assert not torch.equal(memory.prototypes.flatten(0, 1)[6], before.prototypes.flatten(0, 1)[6])
+    idle = memory.idle.clone()
+    reseed_(memory, x, moving, SOUND, 1)
+    assert torch.equal(memory.idle[1], idle[1])  # the worst pixel of its class is not known
+    assert not torch.equal(memory.idle[[0, 2]], idle[[0, 2]])
+
+
+def test_the_longest_idle_gives_way_to_the_first_of_the_worst_served(way):
+    memory = remember(2, 3, 4)
+    memory.idle.copy_(torch.tensor([[5.0, 9, 9], [2, 0, 1]]))
+    x, _ = pixels(0, 6, 4, 6)
+    x[4] = x[1] = -memory.prototypes[0, 0]  # a tie
+    x[5] = memory.prototypes[1, 0]
+    before = copied(memory)
+    reseed_(memory, x, torch.tensor([0, 0, 0, -1, 0, 3]), SOUND, 3)
+    assert_close(memory.prototypes[0, 1], x[1])
+    assert memory.idle.tolist() == [[5, 0, 9], [2, 0, 1]]  # at most one of a class, none that is not due
+    assert memory.weight[0, 1] == memory.length[0, 1] == 1
+    assert memory.usage[0, 1] == pytest.approx(1 / 3)
+    assert torch.equal(memory.prototypes[1], before.prototypes[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_do_not_depend_on_the_number_of_threads(compiled, dtype):
+    own, labels = problem(0, 5000, 3, 7)
+    x, moving = pixels(0, 5000, 33, 21, dtype)
+    threads, seen = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            memory = remember(3, 7, 33, dtype=dtype)
+            step(memory, x, moving)
+            plan = kernels.transport_plan(own.to(dtype), labels, 3, 0.06, 3, clustering.alone)
+            seen.append([*memory, plan, *assigned_sums(x, moving, 21)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        (torch.zeros(2, dtype=torch.float16),),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
+        (torch.zeros(2, device="meta"),),
+    ],
+    ids=["half", "mixed", "elsewhere"],
+)
+def test_other_types_and_devices_are_left_to_pytorch(compiled, tensors):
+    assert clustering_cpu.takes(torch.zeros(2))
+    assert not clustering_cpu.takes(*tensors)
+
+
+def test_operators_keep_what_they_promise_a_compiler(compiled):
+    own, labels = problem(0, 40, 4, 3, void=0)
+    x, moving = pixels(0, 40, 5, 12)
+    ops = torch.ops.protoseg
+    ordered, order, starts, table = ops.first_sums(own, labels, 4)
+    sums = table[:, :3]
+    cases = [
+        (ops.first_sums, (own, labels, 4)),
+        (ops.next_sums, (ordered, starts, sums)),
+        (ops.largest_mass, (ordered, order, starts, sums, table[:, 3], own, 3, False)),
+        (ops.segment_sums, (x, moving, 12)),
+        (ops.move_, (*remember(4, 3, 5)[:3], x, moving, SOUND, 0.9, "constant", 5.0)),
+        (
+            ops.momentum_step_,
+            (*remember(4, 3, 5)[:3], *ops.segment_sums(x, moving, 12), SOUND, 0.9, "count_aware", 5.0),
+        ),
+        (ops.usage_step_, (*remember(4, 3, 5)[3:], ops.segment_sums(x, moving, 12)[1], SOUND, 0.9, 0.1)),
+        (ops.reseed_, (*remember(4, 3, 5), x, moving, SOUND, 1)),
+    ]
+    for operator, arguments in cases:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

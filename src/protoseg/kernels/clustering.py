@@ -69,11 +69,11 @@ def balanced_index(
         ordered, order, starts = rounds.ordered
         return torch.ops.protoseg.largest_mass(ordered, order, starts, rounds.sums, rounds.counts, own, few, lone)
     mine = classes.clamp(min=0)
-    index = (rounds.kernel * _factors(rounds.sums).index_select(0, mine)).argmax(1)
+    mass = rounds.kernel * _factors(rounds.sums).index_select(0, mine)
     counts = rounds.counts.index_select(0, mine)
-    if lone:
-        index = torch.where(counts == 1, 0, index)
-    return torch.where(counts < few, own.argmax(1), index) if few else index
+    if few:
+        mass = torch.where((counts < few)[:, None], own, mass)
+    return mass.argmax(1).masked_fill_(counts == 1, 0) if lone else mass.argmax(1)
 
 
 def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tenso
     """
     if clustering_cpu.takes(rows):
         return torch.ops.protoseg.segment_sums(rows, index, count)
-    order = torch.sort(index.remainder(count + 1), stable=True)  # what belongs nowhere comes last
+    order = torch.sort(torch.where(index < 0, count, index), stable=True)  # what belongs nowhere comes last
     starts = torch.searchsorted(order.values, torch.arange(count + 1, device=index.device))
     sums = F.embedding_bag(order.indices, rows, starts, mode="sum")[:count]
     return sums, starts.diff().to(rows.dtype)
@@ -128,7 +128,8 @@ def _rounds(own: Tensor, classes: Tensor, num_classes: int, kappa: float, iterat
             sums = total(torch.ops.protoseg.next_sums(ordered[0], ordered[2], sums))
         return _Rounds(kernel, (ordered[0], ordered[1], ordered[2]), sums, counts)
     kernel = kernel.contiguous()
-    segments, mine = classes.remainder(num_classes + 1), classes.clamp(min=0)  # no class: the last row, dropped
+    mine = classes.clamp(min=0)
+    segments = torch.where(classes < 0, num_classes, classes)  # no class: the last row, dropped
     table = own.new_zeros(num_classes + 1, K + 1).index_add_(0, segments, F.pad(kernel, (0, 1), value=1.0))
     table = total(table[:-1])  # C K+1
     sums, counts = table[:, :K], table[:, K]
