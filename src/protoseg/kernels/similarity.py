@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from protoseg.kernels import contrast, gemm, upsampling
+from protoseg.kernels import contrast, gemm, gpu, upsampling
 from protoseg.kernels.shards import Shard
+
+if TYPE_CHECKING:
+    from protoseg.kernels.gpu.similarity import Cosines
 
 CPU_BAND = 1_500_000  # cosines of a band: 6 MB in fp32, which stays in a core's share of the last cache
 GPU_BAND = 64_000_000
@@ -144,14 +147,17 @@ def sweep(
     shard = batch.shard
     valid = batch.classes >= 0
     classes = batch.classes if shard is None else shard.local(batch.classes)
-    bands = _bands(B, h, w, max(FEWEST_COLUMNS, budget // ((C if shard is None else shard.widest) * K)))
+    kernels = _kernels(batch, target)
+    columns = budget // ((C if shard is None else shard.widest) * (1 if kernels and not kernels.tabled else K))
+    bands = _bands(B, h, w, max(FEWEST_COLUMNS, columns))
     widest = max((len(images) * len(rows) * w for images, rows in bands), default=0) + (w if resized else 0)
-    work = new(C * K * widest if batch.negatives is None else 0)  # one for all bands: fresh memory costs page faults
+    tabled = batch.negatives is None and kernels is None
+    work = new(C * K * widest if tabled else 0)  # one for all bands: fresh memory costs page faults
 
     swept = Swept(
         ce=new(()).zero_(),
-        log_sum=new(N),
-        own=new(K, N),  # turned in the end
+        log_sum=new(N) if kernels is None else kernels.log_sum,
+        own=new(K, N) if kernels is None else kernels.own,  # turned in the end
         predicted=batch.classes.new_empty(N) if s.predict else None,
         gradient=new(N, D) if gradient else None,
         log_scale=torch.zeros_like(scale) if parameters else None,
@@ -159,9 +165,17 @@ def sweep(
         norm_bias=new(C).zero_() if parameters and s.layer_norm is not None else None,
     )
 
-    def finish(cosines: Tensor, best: Tensor, scores_gradient: Tensor, start: int, end: int) -> None:
+    def finish(seen: list[Tensor], best: Tensor, scores_gradient: Tensor, start: int, end: int) -> None:
         """Log-sum-exp, own cosines and gradient of pixels [start, end), whose cross-entropy is complete."""
-        table, part = cosines.view(C, K, -1), slice(start, end)
+        part = slice(start, end)
+        if kernels is not None:  # log-sum-exp and own cosines are there already
+            best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
+            if swept.gradient is not None:
+                push = torch.where(valid[part], ppc_share / s.temperature, 0)
+                kernels.gradient(best_gradient, seen, push, start, end, swept.gradient[part])
+            return
+        (cosines,) = seen
+        table = cosines.view(C, K, -1)
         own = swept.own[:, part] = _own(table, classes[part])
         given = None if s.siblings or target is None else target[part]
         contrasted = (own, classes[part], given)
@@ -186,27 +200,33 @@ def sweep(
             table.scatter_add_(0, classes[part].clamp(min=0).expand(1, K, -1), near.mul_(push)[None])
         gemm.weighted_prototypes(mass, flat, transposed, swept.gradient[part])
 
-    carried: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # cosines, best, widened scores, their gradient
+    # What a band leaves to the next: what `finish` wants of the cosines, best, widened scores, their gradient.
+    carried: tuple[list[Tensor], Tensor, Tensor, Tensor] | None = None
     done = 0  # label rows of this image
     for images, rows in bands:
         start = images.start * h * w + rows.start * w
         end = (images.stop - 1) * h * w + rows.stop * w
-        if raw is not None:
-            _to_unit(raw[start:end], batch.embedding[start:end])
-        cosines = gemm.similarities(flat, batch.embedding[start:end])  # CK n
-        best = cosines.view(C, K, -1).amax(1)  # C n
+        if kernels is not None:
+            kernels.fill(raw, start, end)
+            best, seen = kernels.nearest(start, end, losses=not only_own)
+        else:
+            if raw is not None:
+                _to_unit(raw[start:end], batch.embedding[start:end])
+            cosines = gemm.similarities(flat, batch.embedding[start:end])  # CK n
+            best, seen = cosines.view(C, K, -1).amax(1), [cosines]  # C n
         scores = _scores(batch, scale, best)
         if swept.predicted is not None:
             swept.predicted[start:end] = scores.argmax(0) if shard is None else shard.argmax(scores)
         if only_own:
-            swept.own[:, start:end] = _own(cosines.view(C, K, -1), classes[start:end])
+            if kernels is None:
+                swept.own[:, start:end] = _own(cosines.view(C, K, -1), classes[start:end])
             continue
         if not resized:
             loss = upsampling.cross_entropy_(
                 scores, labels[0, start:end, 0], s.ignore_index, batch.class_weights, ce_share, shard
             )
             swept.ce += loss
-            finish(cosines, best, scores, start, end)
+            finish(seen, best, scores, start, end)
             continue
         if rows.start == 0:
             carried, done = None, 0
@@ -215,7 +235,8 @@ def sweep(
         label_gradient = torch.zeros_like(widened)
         top = rows.start
         if carried is not None:
-            cosines, best = torch.cat([carried[0], cosines], 1), torch.cat([carried[1], best], 1)
+            seen = [torch.cat(pair, 1) for pair in zip(carried[0], seen)]
+            best = torch.cat([carried[1], best], 1)
             widened = torch.cat([carried[2], widened], 1)
             label_gradient = torch.cat([carried[3], label_gradient], 1)
             top, start = top - 1, start - w
@@ -226,12 +247,13 @@ def sweep(
         )  # fmt: skip
         done = ready
         if rows.stop < h:  # the last row still gets gradient from below
-            carried = (cosines[:, -w:].clone(), best[:, -w:].clone(), widened[:, -1:], label_gradient[:, -1:])
-            cosines, best, label_gradient = cosines[:, :-w], best[:, :-w], label_gradient[:, :-1]
+            last = [t[:, -w:].clone() for t in seen]
+            carried = (last, best[:, -w:].clone(), widened[:, -1:], label_gradient[:, -1:])
+            seen, best, label_gradient = [t[:, :-w] for t in seen], best[:, :-w], label_gradient[:, :-1]
             end -= w
         if end > start:
             scores_gradient = upsampling.narrow(label_gradient.reshape(-1, width), across).view(C, -1)
-            finish(cosines, best, scores_gradient, start, end)
+            finish(seen, best, scores_gradient, start, end)
     swept.ce *= batch.label_share
     swept.own = swept.own.T
     return swept
@@ -381,12 +403,30 @@ def class_cosines(raw: Tensor, prototypes: Tensor) -> Tensor:
     budget = CPU_BAND if raw.device.type == "cpu" else GPU_BAND
     step = max(FEWEST_COLUMNS, budget // (C * K))
     unit = raw.new_empty(min(step, len(raw)), D)
+    way = gpu.way(raw.device, raw.dtype)
     for start in range(0, len(raw), step):
         part = raw[start : start + step]
         _to_unit(part, unit[: len(part)])
+        if way is not None:
+            from protoseg.kernels.gpu.similarity import best_of_each_class
+
+            best[:, start : start + step] = best_of_each_class(way, unit[: len(part)], prototypes)
+            continue
         cosines = gemm.similarities(flat, unit[: len(part)])
         torch.amax(cosines.view(C, K, -1), 1, out=best[:, start : start + step])
     return best.T
+
+
+def _kernels(batch: Batch, target: Tensor | None) -> Cosines | None:
+    """The Triton kernels of one sweep, where they are at hand and know what is asked."""
+    way = gpu.way(batch.embedding.device, batch.embedding.dtype)
+    if way is None or batch.negatives is not None or batch.shard is not None:
+        return None
+    from protoseg.kernels.gpu.similarity import Cosines
+
+    s = batch.settings
+    siblings = s.siblings or target is None
+    return Cosines(way, batch.embedding, batch.prototypes, batch.classes, target, s.temperature, siblings)
 
 
 def _own(table: Tensor, classes: Tensor) -> Tensor:
@@ -454,6 +494,12 @@ def _targets_and_length(
 ) -> None:
     """In place: add the pull of each pixel's own target, then go back through the unit length."""
     flat = batch.prototypes.flatten(0, 1)
+    if gpu.way(raw.device, raw.dtype) is not None:
+        from protoseg.kernels.gpu import rows
+
+        contrast_share = ppc_share / batch.settings.temperature
+        rows.finish(gradient, batch.embedding, raw, flat, target, near, contrast_share, ppd_share)
+        return
     pull = -ppc_share / batch.settings.temperature - 2 * ppd_share * (1 - near)  # N
     pull = torch.where(target >= 0, pull, 0)[:, None]
     index = target.clamp(min=0)

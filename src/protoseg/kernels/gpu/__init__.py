@@ -1,0 +1,80 @@
+"""The Triton kernels, and whether they are at hand. Nothing here imports Triton before a CUDA tensor asks for it.
+
+| file | what |
+|---|---|
+| `similarity` | Eq. (1), (2), (5): best prototype of each class, log-sum-exp over all, and their gradient |
+| `rows` | unit length and its adjoint |
+
+`way` is asked once by each computation and names how it takes its products:
+
+| way | products | cosines of a band of pixels |
+|---|---|---|
+| `mm` | PyTorch's | a table, read twice and overwritten by the gradient's weights |
+| `ieee`, `tf32x3`, `tf32` | the kernel's, in that precision of `tl.dot` | never stored, made again for the gradient |
+| `bf16` | the kernel's, of numbers rounded to bf16, summed in fp32 | never stored, made again for the gradient |
+
+PyTorch's own setting decides: `mm` while fp32 products are full fp32 (`tl.dot` has no tensor cores for those), `tf32`
+where `torch.backends.cuda.matmul` allows it. The environment variable PROTOSEG_TRITON names a way outright or is `off`.
+Collectives are the same on every way, so ranks that differ in it still meet."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+VARIABLE = "PROTOSEG_TRITON"
+FUSED = ("ieee", "tf32x3", "tf32", "bf16")
+CHOICES = ("auto", "off", "mm", *FUSED)
+
+log = logging.getLogger(__name__)
+
+
+def way(device: torch.device, dtype: torch.dtype) -> str | None:
+    """How the kernels take the products of tensors of this kind; None where the plain lines are to be taken.
+
+    Raises:
+        ValueError: PROTOSEG_TRITON is none of `CHOICES`.
+    """
+    asked = os.environ.get(VARIABLE, "auto")
+    if asked not in CHOICES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, given {asked!r}")
+    if asked == "off" or dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return None
+    if not (device.type == "cuda" or interpreted()) or not at_hand(device):
+        return None
+    if dtype == torch.float64:  # the other ways exist to save time, and for float64 they would not
+        return asked if asked == "ieee" and interpreted() else "mm"
+    if asked != "auto":
+        return asked
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "mm"
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels on the CPU: TRITON_INTERPRET=1, set before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def at_hand(device: torch.device) -> bool:
+    """Whether Triton is installed and can build and launch a kernel here, tried once (it needs a C compiler too)."""
+    try:
+        from protoseg.kernels.gpu import rows
+    except ImportError as reason:
+        log.info("no Triton kernels: %s", reason)
+        return False
+    try:
+        rows.unit(torch.ones(1, 16, device=device), torch.empty(1, 16, device=device))
+    except Exception as reason:  # whatever compiler, driver and linker may raise; the plain lines need none of them
+        log.info("no Triton kernels: %s: %s", type(reason).__name__, reason)
+        return False
+    return True
+
+
+def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Within it kernels go to the tensor's device; Triton would send them to the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,104 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Unit length of the rows of an N x D embedding, and its adjoint together with the targets' pull."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from protoseg.kernels.gpu import launching_on
+
+TILE = 8192  # numbers of a program
+
+
+@triton.jit
+def _unit(
+    raw, out, half, n, stride_n, stride_d, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr
+):
+    """Program i brings rows [i*R, i*R + R) to unit length; `half` gets them rounded to bf16."""
+    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    d = tl.arange(0, BD)
+    inside = (row < n)[:, None] & (d < D)[None]
+    values = tl.load(raw + row[:, None] * stride_n + d[None] * stride_d, mask=inside, other=0.0)
+    length = tl.maximum(tl.sqrt(tl.sum(values * values, 1)), 1e-12)
+    values = values / length[:, None]
+    tl.store(out + row[:, None] * D + d[None], values, mask=inside)
+    if HALF:
+        tl.store(half + row[:, None] * D + d[None], values.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _finish(
+    gradient, unit_rows, raw, prototypes, target, near, contrast, distance,
+    n, stride_n, stride_d, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Program i finishes rows [i*R, i*R + R) of the gradient, in place."""
+    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    d = tl.arange(0, BD)
+    held = row < n
+    inside = held[:, None] & (d < D)[None]
+    at = row[:, None] * D + d[None]
+    given = tl.load(target + row, mask=held, other=-1)
+    cosine = tl.load(near + row, mask=held, other=0.0)
+    pull = tl.where(given >= 0, -tl.load(contrast) - 2 * tl.load(distance) * (1 - cosine), 0.0)
+    own = tl.load(prototypes + tl.maximum(given, 0)[:, None] * D + d[None], mask=inside, other=0.0)
+    g = tl.load(gradient + at, mask=inside, other=0.0) + own * pull[:, None]
+    x = tl.load(unit_rows + at, mask=inside, other=0.0)
+    values = tl.load(raw + row[:, None] * stride_n + d[None] * stride_d, mask=inside, other=0.0)
+    length = tl.sqrt(tl.sum(values * values, 1))
+    radial = tl.where(length > 1e-12, tl.sum(g * x, 1), 0.0)
+    g = (g - x * radial[:, None]) / tl.maximum(length, 1e-12)[:, None]
+    tl.store(gradient + at, g, mask=inside)
+
+
+def _shape(dim: int) -> tuple[int, int]:
+    """(rows of a program, D rounded up to a power of two)."""
+    wide = triton.next_power_of_2(dim)
+    return max(1, TILE // wide), wide
+
+
+def unit(raw: Tensor, out: Tensor, half: Tensor | None = None) -> None:
+    """(N, D) rows of any strides -> `out` (N, D), the same of unit length (a zero row stays zero, eps 1e-12).
+
+    Args:
+        half: (N, D) bf16, gets the same rounded.
+    """
+    n, dim = raw.shape
+    rows, wide = _shape(dim)
+    if n:
+        grid = (triton.cdiv(n, rows),)
+        with launching_on(raw):
+            _unit[grid](
+                raw, out, out if half is None else half, n, *raw.stride(), dim, rows, wide, half is not None,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def finish(
+    gradient: Tensor,
+    unit_rows: Tensor,
+    raw: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    near: Tensor,
+    contrast: Tensor,
+    distance: Tensor,
+) -> None:
+    """In place: add the pull of each pixel's own prototype, then go back through the unit length.
+
+    Args:
+        gradient: (N, D) to the unit rows, contiguous. unit_rows: (N, D) contiguous. raw: (N, D) before unit length.
+        prototypes: (C*K, D) contiguous.
+        target: (N,) in [0, C*K), or -1 for no pull. near: (N,) cosine with it.
+        contrast: () the share of Eq. (5) over its temperature. distance: () the share of Eq. (6).
+    """
+    n, dim = raw.shape
+    rows, wide = _shape(dim)
+    if n:
+        grid = (triton.cdiv(n, rows),)
+        with launching_on(raw):
+            _finish[grid](
+                gradient, unit_rows, raw, prototypes, target, near, contrast, distance,
+                n, *raw.stride(), dim, rows, wide, enable_fp_fusion=True,
+            )  # fmt: skip

@@ -1,0 +1,402 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Cosines of a band of pixels with all prototypes: what is wanted of them, and the gradient back to the pixels.
+
+A tile is R pixels by T classes at one k: the maximum over K is then an elementwise maximum of K such tiles, whatever K,
+and nothing of a class is ever split. Cosines are those of the accumulator, never rounded.
+
+Which prototypes attained a class's maximum is written down as one bit each, since exact ties share the gradient as
+`amax` shares it. The backward pass reads the bits and compares nothing, so no cosine need come out the same twice.
+With more than 16 prototypes several words are needed; one before the word that first held the final maximum is void."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from protoseg.kernels.gpu import interpreted, launching_on, rows
+
+BITS = tl.constexpr(16)  # of a word of ties
+LOWEST = tl.constexpr(-1e30)  # a finite stand-in for -inf, whose differences are no nan
+
+
+@triton.jit
+def _product(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + a @ b. The interpreter multiplies the bit patterns of bf16; its fp32 holds them exactly."""
+    if INTERPRETED:
+        return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, out_dtype=acc.dtype)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def _cosines(
+    x, held_x, p, table, stride, row, rows_in, cls, C, k,
+    K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
+    STORED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(R, T) cosines of the rows with prototype k of the classes `cls`."""
+    place = cls.to(tl.int64) * K + k
+    if STORED:
+        at = table + place[None] * stride + row[:, None]
+        return tl.load(at, mask=rows_in[:, None] & (cls < C)[None], other=0.0)
+    else:
+        acc = tl.zeros((R, T), ACC)
+        d = tl.arange(0, BD)
+        if BD >= D:
+            part = tl.load(p + place[None] * D + d[:, None], mask=(d < D)[:, None] & (cls < C)[None], other=0.0)
+            acc = _product(held_x, part, acc, PRECISION, INTERPRETED)
+        else:
+            for start in range(0, D, BD):
+                at = start + d
+                here = tl.load(x + row[:, None] * D + at[None], mask=rows_in[:, None] & (at < D)[None], other=0.0)
+                part = tl.load(p + place[None] * D + at[:, None], mask=(at < D)[:, None] & (cls < C)[None], other=0.0)
+                acc = _product(here, part, acc, PRECISION, INTERPRETED)
+        return acc
+
+
+@triton.jit
+def _kept(x, row, rows_in, D: tl.constexpr, BD: tl.constexpr, STORED: tl.constexpr):
+    """The rows themselves where they fit one block, loaded once for all prototypes; else something unused."""
+    d = tl.arange(0, BD)
+    if STORED or BD < D:
+        return d
+    else:
+        return tl.load(x + row[:, None] * D + d[None], mask=rows_in[:, None] & (d < D)[None], other=0.0)
+
+
+@triton.jit
+def _nearest(
+    x, p, table, stride, best, best_stride, ties, ties_stride, own, own_stride, log_sum, classes, target,
+    n, C, span, SCALE: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
+    STORED: tl.constexpr, OWN: tl.constexpr, TIES: tl.constexpr, SUM: tl.constexpr, SIBLINGS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): pixels [i*R, i*R + R), classes [j*span, j*span + span)."""
+    WORDS: tl.constexpr = (K + BITS - 1) // BITS
+    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    rows_in = row < n
+    held_x = _kept(x, row, rows_in, D, BD, STORED)
+    if OWN or SUM:
+        own_class = tl.maximum(tl.load(classes + row, mask=rows_in, other=0), 0).to(tl.int32)
+    if SUM and not SIBLINGS:
+        given = tl.maximum(tl.load(target + row, mask=rows_in, other=0), 0).to(tl.int32)
+    top = tl.full((R,), LOWEST, ACC)  # of the exponents so far, base 2
+    mass = tl.zeros((R,), ACC)
+    first_class = tl.program_id(1) * span
+    for c in range(first_class, tl.minimum(first_class + span, C), T):
+        cls = c + tl.arange(0, T)
+        inside = rows_in[:, None] & (cls < C)[None]
+        peak = tl.full((R, T), LOWEST, ACC)
+        word_of_peak = tl.zeros((R, T), tl.int32)
+        for w in range(WORDS):
+            bits = tl.zeros((R, T), tl.int32)
+            for b in range(tl.minimum(BITS, K - w * BITS)):
+                k = w * BITS + b
+                s = _cosines(
+                    x, held_x, p, table, stride, row, rows_in, cls, C, k,
+                    K, D, R, T, BD, STORED, PRECISION, INTERPRETED, ACC,
+                )  # fmt: skip
+                if TIES:
+                    bit = tl.full((R, T), 1, tl.int32) << b
+                    bits = tl.where(s > peak, bit, tl.where(s == peak, bits | bit, bits))
+                    if WORDS > 1:
+                        word_of_peak = tl.where(s > peak, w, word_of_peak)
+                peak = tl.maximum(peak, s)
+                if OWN:
+                    mine = inside & (cls[None] == own_class[:, None])
+                    tl.store(own + k * own_stride + row[:, None] + tl.zeros((R, T), tl.int32), s, mask=mine)
+                if SUM:
+                    t = tl.where((cls < C)[None], s * SCALE, -float("inf"))
+                    if not SIBLINGS:
+                        rival = (cls[None] != own_class[:, None]) | ((cls * K + k)[None] == given[:, None])
+                        t = tl.where(rival, t, -float("inf"))
+                    higher = tl.maximum(top, tl.max(t, 1))
+                    mass = mass * tl.exp2(top - higher) + tl.sum(tl.exp2(t - higher[:, None]), 1)
+                    top = higher
+            if TIES:
+                at = ties + (w * C + cls).to(tl.int64)[None] * ties_stride + row[:, None]
+                tl.store(at, bits.to(tl.int16), mask=inside)
+        tl.store(best + cls.to(tl.int64)[None] * best_stride + row[:, None], peak, mask=inside)
+        if TIES and WORDS > 1:
+            at = ties + (C * WORDS + cls).to(tl.int64)[None] * ties_stride + row[:, None]
+            tl.store(at, word_of_peak.to(tl.int16), mask=inside)
+    if SUM:
+        tl.store(log_sum + tl.program_id(1) * n + row, (top + tl.log2(mass)) * 0.6931471805599453, mask=rows_in)
+
+
+@triton.jit
+def _set_bits(word):
+    """How many of the lowest 16 bits are set."""
+    word = (word & 0x5555) + ((word >> 1) & 0x5555)
+    word = (word & 0x3333) + ((word >> 2) & 0x3333)
+    word = (word & 0x0F0F) + ((word >> 4) & 0x0F0F)
+    return (word & 0xFF) + (word >> 8)
+
+
+@triton.jit
+def _weights(
+    x, p, table, stride, slope, slope_stride, ties, ties_stride, log_sum, share, classes, target, out,
+    n, C, span, SCALE: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
+    STORED: tl.constexpr, SIBLINGS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j, l): pixels [i*R, i*R + R), classes [j*span, j*span + span), channels [l*BO, l*BO + BO) of `out`.
+
+    STORED: the table of cosines is overwritten by each prototype's weight in the gradient; no `out`.
+    """
+    WORDS: tl.constexpr = (K + BITS - 1) // BITS
+    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    rows_in = row < n
+    held_x = _kept(x, row, rows_in, D, BD, STORED)
+    lse = tl.load(log_sum + row, mask=rows_in, other=0.0) * 1.4426950408889634
+    part = tl.load(share + row, mask=rows_in, other=0.0)
+    if not SIBLINGS:
+        own_class = tl.maximum(tl.load(classes + row, mask=rows_in, other=0), 0).to(tl.int32)
+        given = tl.maximum(tl.load(target + row, mask=rows_in, other=0), 0).to(tl.int32)
+    if not STORED:
+        o = tl.program_id(2) * BO + tl.arange(0, BO)
+        acc = tl.zeros((R, BO), ACC)
+    first_class = tl.program_id(1) * span
+    for c in range(first_class, tl.minimum(first_class + span, C), T):
+        cls = c + tl.arange(0, T)
+        inside = rows_in[:, None] & (cls < C)[None]
+        g = tl.load(slope + cls.to(tl.int64)[None] * slope_stride + row[:, None], mask=inside, other=0.0)
+        at = ties + cls.to(tl.int64)[None] * ties_stride + row[:, None]
+        if WORDS == 1:
+            word = tl.load(at, mask=inside, other=1).to(tl.int32) & 0xFFFF
+            g = g / tl.maximum(_set_bits(word), 1).to(ACC)  # none is set where the cosines are nan
+        else:
+            since = tl.load(at + C * WORDS * ties_stride, mask=inside, other=0).to(tl.int32)
+            count = tl.zeros((R, T), tl.int32)
+            for w in range(WORDS):
+                word = tl.load(at + w * C * ties_stride, mask=inside & (since <= w), other=0).to(tl.int32) & 0xFFFF
+                count += _set_bits(word)
+            g = g / tl.maximum(count, 1).to(ACC)
+        for w in range(WORDS):
+            if WORDS > 1:
+                word = tl.load(at + w * C * ties_stride, mask=inside & (since <= w), other=0).to(tl.int32) & 0xFFFF
+            for b in range(tl.minimum(BITS, K - w * BITS)):
+                k = w * BITS + b
+                s = _cosines(
+                    x, held_x, p, table, stride, row, rows_in, cls, C, k,
+                    K, D, R, T, BD, STORED, PRECISION, INTERPRETED, ACC,
+                )  # fmt: skip
+                weight = tl.exp2(s * SCALE - lse[:, None]) * part[:, None]
+                weight = tl.where((part != 0)[:, None], weight, 0.0)
+                if not SIBLINGS:
+                    rival = (cls[None] != own_class[:, None]) | ((cls * K + k)[None] == given[:, None])
+                    weight = tl.where(rival, weight, 0.0)
+                weight = tl.where(inside, weight + tl.where(((word >> b) & 1) == 1, g, 0.0), 0.0)
+                place = cls.to(tl.int64) * K + k
+                if STORED:
+                    tl.store(table + place[None] * stride + row[:, None], weight, mask=inside)
+                else:
+                    rows_of_p = tl.load(
+                        p + place[:, None] * D + o[None], mask=(cls < C)[:, None] & (o < D)[None], other=0.0
+                    )
+                    acc = _product(weight.to(rows_of_p.dtype), rows_of_p, acc, PRECISION, INTERPRETED)
+    if not STORED:
+        at = out + (tl.program_id(1).to(tl.int64) * n + row)[:, None] * D + o[None]
+        tl.store(at, acc, mask=rows_in[:, None] & (o < D)[None])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of one program: powers of two, 16 at least, for the sake of `tl.dot`.
+
+    Attributes:
+        rows, classes: of a tile of cosines. channels: of a block of D, all of it where it is kept on the chip.
+        out: channels of the gradient that one program sums. warps, stages: of Triton.
+    """
+
+    rows: int
+    classes: int
+    channels: int
+    out: int
+    warps: int
+    stages: int
+
+
+def blocks(way: str, num_classes: int, dim: int, *, backward: bool) -> Blocks:
+    """Sizes for `way` (see `protoseg.kernels.gpu`).
+
+    The largest that compile for sm_90 without a spilled register; by that alone, not by time: no GPU has run them yet.
+    The gradient of more than 256 channels is taken 256 at a time, each with its own cosines.
+    """
+    wide = max(16, triton.next_power_of_2(dim))
+    few = max(16, triton.next_power_of_2(num_classes))
+    if way == "mm":
+        return Blocks(64, min(16, few), 16, 16, 4, 2)
+    if way == "bf16":
+        whole, rows, classes = wide <= 256, 128, 64
+        if backward:
+            rows, classes = (128, 32) if whole else (64, 32)
+        return Blocks(rows, min(classes, few), wide if whole else 64, min(wide, 256), 8, 2)
+    if way == "tf32":
+        whole = wide <= 256
+        if backward:
+            return Blocks(64, 16 if whole else min(32, few), wide if whole else 64, min(wide, 256), 8, 2)
+        return Blocks(64, min(32, few), wide if whole else 32, 16, 4, 2)
+    if way == "tf32x3":
+        return Blocks(64, min(32, few), min(wide, 64 if backward else 32), min(wide, 128), 8 if backward else 4, 2)
+    return Blocks(64, 16 if backward else min(32, few), 16, min(wide, 128), 8, 2)
+
+
+class Cosines:
+    """One sweep over the bands of a batch: what the kernels are told, and where they leave what they find.
+
+    Args:
+        way: see `protoseg.kernels.gpu`.
+        embedding: (N, D) contiguous, its unit rows come with `fill`, a band's before its `nearest`.
+        prototypes: (C, K, D) unit vectors of the same type.
+        classes: (N,) class of a pixel, -1 for void. target: (N,) its prototype, needed without siblings.
+        temperature, siblings: of Eq. (5).
+
+    Attributes:
+        tabled: whether a band's cosines exist as a table.
+        own: (K, N) cosines with the own class, of void pixels with class 0. log_sum: (N,) of Eq. (5).
+    """
+
+    def __init__(
+        self,
+        way: str,
+        embedding: Tensor,
+        prototypes: Tensor,
+        classes: Tensor,
+        target: Tensor | None,
+        temperature: float,
+        siblings: bool,
+    ):
+        self.way, self.temperature, self.siblings = way, temperature, siblings
+        self.classes, self.target = classes, classes if target is None else target
+        self.num_classes, self.num_prototypes, self.dim = prototypes.shape
+        self.embedding = embedding
+        self.half = torch.empty_like(embedding, dtype=torch.bfloat16) if way == "bf16" else None
+        self.rows = embedding if self.half is None else self.half
+        self.tabled = way == "mm"
+        self.flat = prototypes.flatten(0, 1).to(self.rows.dtype).contiguous()
+        self.own = embedding.new_empty(self.num_prototypes, len(embedding))
+        self.log_sum = embedding.new_empty(len(embedding))
+
+    def fill(self, raw: Tensor | None, start: int, end: int) -> None:
+        """Bring rows [start, end) of `raw` (N, D) to unit length as the embedding; None: they are that already."""
+        half = None if self.half is None else self.half[start:end]
+        if raw is not None:
+            rows.unit(raw[start:end], self.embedding[start:end], half)
+        elif half is not None:
+            half.copy_(self.embedding[start:end])
+
+    def nearest(self, start: int, end: int, *, losses: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """Eq. (1) of pixels [start, end): fills `own` and, if `losses`, `log_sum`.
+
+        Returns:
+            (C, n) cosine with the nearest prototype of every class, and what `gradient` wants of these pixels: tensors
+            with the pixels last, to be cut and joined along them.
+        """
+        n, C, K = end - start, self.num_classes, self.num_prototypes
+        best = self.own.new_empty(C, n)
+        words = -(-K // BITS.value)
+        ties = self.classes.new_empty(C * (words + (words > 1)) if losses else 0, n, dtype=torch.int16)
+        table = self.flat @ self.rows[start:end].T if self.tabled else best
+        if n:
+            _run_nearest(self, start, end, table, best, ties, own=True, losses=losses)
+        return best, [ties, table] if self.tabled else [ties]
+
+    def gradient(self, slope: Tensor, seen: list[Tensor], share: Tensor, start: int, end: int, out: Tensor) -> None:
+        """The gradient of pixels [start, end) to the unit rows, but for the pull of their own prototypes.
+
+        Args:
+            slope: (C, n) gradient to what `nearest` gave. seen: from `nearest`; a table in it is overwritten.
+            share: (n,) what the log-sum-exp's gradient is multiplied by, over tau; 0 for pixels outside the mean.
+            out: (n, D), filled.
+        """
+        n, C = end - start, self.num_classes
+        if not n:
+            return
+        stored = self.tabled
+        b = blocks(self.way, C, self.dim, backward=True)
+        programs = triton.cdiv(n, b.rows) * (1 if stored else triton.cdiv(self.dim, b.out))
+        span, splits = _spans(C, b.classes, programs)
+        table = seen[1] if stored else slope
+        target = out if stored or splits == 1 else out.new_empty(splits, n, self.dim)
+        grid = (triton.cdiv(n, b.rows), splits, 1 if stored else triton.cdiv(self.dim, b.out))
+        with launching_on(out):
+            _weights[grid](
+                self.rows[start:], self.flat, table, table.stride(0), slope, slope.stride(0),
+                seen[0], seen[0].stride(0), self.log_sum[start:], share, self.classes[start:], self.target[start:],
+                target, n, C, span, BO=b.out, **_constants(self, b, slope.dtype),
+            )  # fmt: skip
+        if stored:
+            torch.mm(table.T, self.flat, out=out)
+        elif splits > 1:
+            torch.sum(target, 0, out=out)
+
+
+def best_of_each_class(way: str, embedding: Tensor, prototypes: Tensor) -> Tensor:
+    """Eq. (1) alone: (n, D) unit rows, (C, K, D) prototypes -> (C, n) cosine with the nearest of each class.
+
+    A table of n by C*K exists where `way` is `mm`.
+    """
+    nowhere = embedding.new_empty(0, dtype=torch.int64)
+    cosines = Cosines(way, embedding, prototypes, nowhere, None, 1.0, True)
+    cosines.fill(None, 0, len(embedding))
+    best = embedding.new_empty(cosines.num_classes, len(embedding))
+    table = cosines.flat @ cosines.rows.T if cosines.tabled else best
+    if len(embedding):
+        _run_nearest(cosines, 0, len(embedding), table, best, best, own=False, losses=False)
+    return best
+
+
+LOG2E = 1.4426950408889634
+PROGRAMS = 264  # are wanted at least: two for each of an H200's multiprocessors
+
+
+def _run_nearest(
+    cosines: Cosines, start: int, end: int, table: Tensor, best: Tensor, ties: Tensor, *, own: bool, losses: bool
+) -> None:
+    n, C = end - start, cosines.num_classes
+    b = blocks(cosines.way, C, cosines.dim, backward=False)
+    span, splits = _spans(C, b.classes, triton.cdiv(n, b.rows))
+    partial = cosines.log_sum[start:end] if splits == 1 else best.new_empty(splits, n)
+    with launching_on(best):
+        _nearest[triton.cdiv(n, b.rows), splits](
+            cosines.rows[start:], cosines.flat, table, table.stride(0), best, best.stride(0), ties, ties.stride(0),
+            cosines.own[:, start:], cosines.own.stride(0), partial, cosines.classes[start:], cosines.target[start:],
+            n, C, span, OWN=own, TIES=losses, SUM=losses, **_constants(cosines, b, best.dtype),
+        )  # fmt: skip
+    if losses and splits > 1:
+        torch.logsumexp(partial, 0, out=cosines.log_sum[start:end])
+
+
+def _spans(num_classes: int, tile: int, programs: int) -> tuple[int, int]:
+    """(classes of a program, number of such spans): few pixels are shared out by classes, so that no core idles."""
+    tiles = triton.cdiv(num_classes, tile)
+    span = tile * triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, programs)))
+    return span, triton.cdiv(num_classes, span)
+
+
+def _constants(cosines: Cosines, b: Blocks, dtype: torch.dtype) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {
+        "SCALE": LOG2E / cosines.temperature,
+        "K": cosines.num_prototypes,
+        "D": cosines.dim,
+        "R": b.rows,
+        "T": b.classes,
+        "BD": b.channels,
+        "STORED": cosines.tabled,
+        "SIBLINGS": cosines.siblings,
+        "PRECISION": cosines.way if cosines.way in ("tf32", "tf32x3") else "ieee",
+        "INTERPRETED": interpreted(),
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "num_warps": b.warps,
+        "num_stages": b.stages,
+        "enable_fp_fusion": True,
+    }
