@@ -184,6 +184,35 @@ def test_a_run_killed_while_it_validates_validates_when_resumed(whole, tmp_path,
     assert metrics(recipe.out) == metrics(run)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_in_memory_change_no_bit_of_a_run(whole, tmp_path, workers):
+    recipe = small(tmp_path / "run")
+    train(replace(recipe, data=replace(recipe.data, resident=True, workers=workers)))
+    for part in ("state_dict", "optimizer_states"):
+        assert_same(last(recipe.out)[part], last(whole[0])[part])
+    assert metrics(recipe.out) == metrics(whole[0])
+
+
+def test_checkpoints_are_written_by_the_clock(tmp_path, monkeypatch):
+    recipe = small(tmp_path / "run", checkpoint_every=0, val_every=0, checkpoint_minutes=1.0)
+    now, written = [0.0], []
+    save = training.Checkpoints.save
+
+    def tick(self, *_):
+        self._between_steps = False
+        now[0] += 25  # seconds a step
+
+    def noted(self, trainer):
+        save(self, trainer)
+        written.append(trainer.global_step)
+
+    monkeypatch.setattr("protoseg.engine.checkpoints.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(training.Checkpoints, "on_train_batch_start", tick)
+    monkeypatch.setattr(training.Checkpoints, "save", noted)
+    train(replace(recipe, micro_batch=4))
+    assert written == [3, 6, 8]  # after 75 and 150 seconds, and at the end
+
+
 def test_ema_is_resumed_evaluated_and_saved(tmp_path, monkeypatch):
     recipe = small(tmp_path / "whole", ema=0.9)
     train(recipe)
@@ -354,6 +383,7 @@ def test_a_broken_checkpoint_is_named(tmp_path):
         ({"batch_size": 5}, "batch_size 5"),
         ({"batch_size": 0, "micro_batch": None}, "batch_size 0"),
         ({"steps": 0}, "steps must be"),
+        ({"checkpoint_minutes": -1.0}, "checkpoint_minutes must not be negative"),
         ({"ema": 1.0}, "ema"),
         ({"precision": "16-mixed"}, "16-mixed needs a GPU"),
         ({"resume": "nowhere.ckpt"}, "nowhere.ckpt: no such checkpoint"),
