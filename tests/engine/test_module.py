@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from protoseg.config import Evaluation, Head, Model, Optim, UserError
 from protoseg.engine.averaging import WeightAverage
 from protoseg.engine.metrics import overlap
-from protoseg.engine.module import PATIENCE, SegmentationModule, step_seed
+from protoseg.engine.module import PATIENCE, SegmentationModule, step_seed, zero_unless_
 from protoseg.engine.windows import segment
 from protoseg.models import build
 
@@ -152,6 +152,52 @@ def test_a_step_that_is_not_finite_moves_nothing(gradient_only):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
     assert int(module.failures) == 1
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_keep_their_bits_or_become_zero(kind):
+    broken = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-40, 3.0]).to(kind)
+    last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).to(kind)
+    gradients = [broken.clone(), last.clone()]
+    zero_unless_(torch.tensor(True), gradients)
+    assert torch.equal(gradients[0].view(torch.uint8), broken.view(torch.uint8))
+    assert torch.equal(gradients[1], last)
+    zero_unless_(torch.tensor(False), gradients)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+# torch's tracer looks at .grad of whatever enters a graph and hides its own warning, unless warnings are errors
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_network_trains_compiled_validates_plain_and_keeps_its_names():
+    """With a backend that compiles nothing: whether it is asked, and when."""
+    calls = []
+
+    def backend(graph, _):
+        def run(*inputs):
+            calls.append(torch.is_grad_enabled())
+            return graph(*inputs)
+
+        return run
+
+    plain = SegmentationModule(segmenter(), Optim(lr=1e-3), steps=2, seed=5)
+    fit(plain, batches(2), steps=2)
+    module = SegmentationModule(segmenter(), Optim(lr=1e-3), steps=2, seed=5)
+    module.compile_network(backend)
+    fit(module, batches(2), steps=2)
+    assert len(calls) == 4  # backbone and decoder, twice
+    assert all(calls)
+    for (name, ours), (other, theirs) in zip(module.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert name == other
+        assert_close(ours, theirs)
+    module.validate([{k: v[:1] for k, v in batches(1)[0].items()}])
+    assert len(calls) == 4
+
+
+def test_a_machine_without_a_compiler_is_told(monkeypatch):
+    monkeypatch.setattr("protoseg.engine.module.shutil.which", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"C\+\+ compiler .*compile false"):
+        SegmentationModule(segmenter(), Optim(), steps=1).compile_network()
 
 
 def test_a_finite_step_ends_the_count_of_failures():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,11 +61,14 @@ class SegmentationModule(LightningModule):
         self.register_buffer("longest", torch.zeros((), dtype=torch.int64), persistent=False)
         self._noted: Tensor | None = None  # `longest` on its way to the CPU
 
-    def compile_network(self, backend: str = "inductor") -> None:
+    def compile_network(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Let torch.compile fuse backbone and decoder from the first training step on; the head has its own kernels.
 
         In place: names of parameters, and so what is saved, stay as they are. Validation, whose pictures may have any
         size, goes on without. Dropout is drawn by another generator than without the compiler.
+
+        Args:
+            backend: of torch.compile.
 
         Raises:
             UserError: no C++ compiler for a network on the CPU.
