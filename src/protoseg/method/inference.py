@@ -297,7 +297,7 @@ class FrozenHead(nn.Module):
             yield start, raw
 
     def _projected(self, features: Tensor, depth: int) -> Any:
-        for start, rows in kernel.bands(features, kernel.band_width(self.kept, features.device)):
+        for start, rows in kernel.bands(features, kernel.band_width(self.kept, self.precision, features.device)):
             yield start, self._through(rows, depth)
 
     def _through(self, rows: Tensor, depth: int) -> Tensor:
