@@ -127,7 +127,7 @@ def draw_negatives(count: int, number: int, device: torch.device) -> Tensor:
     """(number,) different prototypes out of [0, count), every set equally likely: drawn by torch's generator of the
     first rank and the same on every rank, which must all call it."""
     drawn = torch.randperm(count, device=device)[:number]
-    return ranks.total(drawn if ranks.rank() == 0 else torch.zeros_like(drawn))
+    return ranks.from_first(drawn)
 
 
 def pixel_prototype_contrast(
