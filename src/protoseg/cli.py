@@ -348,19 +348,29 @@ def kept_study(settings: Any) -> str:
 def study(settings: Any) -> int:
     from protoseg.tasks.study import study
 
+    plan, build = study_plan(settings)
+    return study(
+        study_folder(settings),
+        plan,
+        build,
+        devices=[word for word in settings.devices.split(",") if word],
+        **{name: settings[name] for name in ("workers", "threads", "only", "dry_run", "report_only")},
+    )
+
+
+def study_plan(settings: Any) -> tuple[Study, Callable[[dict[str, Any]], Recipe]]:
+    """The study, and a function from dotted settings to its recipe with them.
+
+    Raises:
+        UserError: no study, no recipe, or a setting that cannot be read.
+    """
     plan = Study(**{name: settings[name] for name in Study.__dataclass_fields__})
     if not plan.recipe:
         raise UserError(f"{study_folder(settings)} holds no study yet; give one with --config studies/NAME.yaml")
     homes = [Path(str(path)).parent for path in settings.config or []]
     recipe = next((home / plan.recipe for home in homes if (home / plan.recipe).is_file()), Path(plan.recipe))
     plan = replace(plan, overrides={**plan.overrides, **dict(map(assignment, settings.set))})
-    return study(
-        study_folder(settings),
-        plan,
-        varied(recipe),
-        devices=[word for word in settings.devices.split(",") if word],
-        **{name: settings[name] for name in ("workers", "threads", "only", "dry_run", "report_only")},
-    )
+    return plan, varied(recipe)
 
 
 def assignment(word: str) -> tuple[str, Any]:
