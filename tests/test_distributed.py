@@ -17,11 +17,11 @@ EXACT = [variant for variant in VARIANTS if variant != "reference"]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the ranks, one process each, have left what they saw."""
+@pytest.fixture(scope="module", params=["1", "0"], ids=["as they are", "without a compiler"])
+def folder(request, tmp_path_factory):
+    """Where the ranks, one process each, have left what they saw; once without the operators that a compiler makes."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PROTOSEG_NATIVE": request.param}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # stays on this machine, whatever its host name resolves to
     processes = [

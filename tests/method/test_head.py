@@ -3,7 +3,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from heads import VOID, batch, build, default_step, seeded
 from oracles import default as oracle
@@ -456,46 +455,6 @@ def test_wrong_settings_stop():
 def test_a_setting_that_means_nothing_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         PrototypeHead(6, 3, **{name: value})
-
-
-# --- cost -----------------------------------------------------------------------------------------------------------
-
-
-class Watch(TorchDispatchMode):
-    """Counts operations, and those that make a GPU wait: a value read, or a shape that depends on values."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.waits = 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
-        name = str(func)
-        masked = name.startswith("aten.index.") and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if masked or name.startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")):
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_watch_sees_what_makes_a_gpu_wait():
-    x = torch.arange(3)
-    with Watch() as watch:
-        x[x > 1].sum().item()
-    assert len(watch.waits) >= 2
-
-
-@pytest.mark.parametrize("preset", ["default", "reference", "reference_fixed"])
-def test_a_step_is_one_pass_over_all_classes_and_never_waits_for_a_value(preset, monkeypatch):
-    monkeypatch.setattr("protoseg.method.head.check_labels", lambda *_: None)  # labels are looked at on the CPU only
-    counts = []
-    for classes in (2, 40):
-        head = build(6, classes, preset=preset)
-        features, labels = batch(6, classes, size=(2, 8, 8), label_size=(16, 16))
-        with Watch() as watch:
-            one_step(head, features, labels)
-        assert watch.waits == []
-        counts.append(watch.calls)
-    assert counts[0] == counts[1]
 
 
 # --- idle prototypes ------------------------------------------------------------------------------------------------
