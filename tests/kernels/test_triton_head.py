@@ -149,7 +149,7 @@ def test_products_in_the_kernels_stay_near_the_plain_lines(fused, monkeypatch):
     rough = {"bf16": 2e-2, "tf32": 5e-3}.get(fused, 1e-5)
     assert_close(losses.total, true.total, rtol=rough, atol=0)
     best = (head.embed(features.to(DEVICE)) @ head.prototypes.flatten(0, 1).T).unflatten(1, (7, 5)).topk(2, 2).values
-    clear = ((best[..., 0] - best[..., 1]) > rough / 2).all(1).view(1, 1, 6, 6)  # a tie over K may fall either way
+    clear = ((best[..., 0] - best[..., 1]) > rough / 4).all(1).view(1, 1, 6, 6)  # a tie over K may fall either way
     assert clear.float().mean() > 0.5
     found, wanted = gradients["features"] * clear, true_gradients["features"] * clear
     assert (found - wanted).norm() / wanted.norm() < 2 * rough

@@ -6,6 +6,7 @@ asks here whether a faster way applies, and takes the plain lines where it does 
 | scores, losses and their gradient | `similarity.one_pass` | `torch.compile`, `torch.func`; `plain_only()` |
 | scores alone, without gradient | `similarity.class_cosines` | `torch.compile`, export, tracing; `plain_only()` |
 | transport plan, arg-max | `clustering.transport_plan`, `balanced_index` | small kappa, `torch.func`; `plain_only()` |
+| log of the plan | `clustering.log_plan` | no GPU, no Triton; `torch.compile`, `torch.func`; `plain_only()` |
 | sums of the update | `clustering.segment_sums` | `torch.func`; `plain_only()` |
 | the memory's steps in place | `clustering_cpu` | GPU, no C compiler, mixed types, `torch.func`; `plain_only()` |
 
@@ -22,8 +23,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from protoseg.kernels import clustering, clustering_cpu
-from protoseg.kernels.clustering import balanced_index, row_products, segment_sums, transport_plan
+from protoseg.kernels import clustering, clustering_cpu, gpu
+from protoseg.kernels.clustering import balanced_index, log_plan, row_products, segment_sums, transport_plan
 from protoseg.kernels.clustering_cpu import momentum_step_, move_, reseed_, usage_step_
 from protoseg.kernels.shards import Shard
 from protoseg.kernels.similarity import Batch, Settings, class_cosines, one_pass
@@ -35,6 +36,8 @@ __all__ = [
     "balanced_index",
     "class_cosines",
     "class_cosines_apply",
+    "log_plan",
+    "log_plan_applies",
     "memory_steps_apply",
     "momentum_step_",
     "move_",
@@ -83,6 +86,11 @@ def class_cosines_apply() -> bool:
 def transport_plan_applies(dtype: torch.dtype, kappa: float) -> bool:
     """Whether `clustering.balanced_assignment` goes through `balanced_index`."""
     return clustering.scaling_applies(dtype, kappa) and not (_transformed() or _plain.get())
+
+
+def log_plan_applies(own: Tensor) -> bool:
+    """Whether `clustering.sinkhorn` goes through `log_plan`; it sums over ranks what the plain lines sum."""
+    return gpu.way(own.device, own.dtype) is not None and not (_transformed() or _plain.get())
 
 
 def segment_sums_apply() -> bool:

@@ -6,8 +6,9 @@ factors are kept relative to their class: with a = 2 / kappa, E is in [exp(-a/2)
 [1/K, exp(a)] and a pixel's mass in [exp(-2a)/K, K] after any number of rounds. Where that fits the type, the result
 equals the log-domain rounds of `method.clustering`.
 
-Between two sums over ranks stands one piece of work: an operator of `clustering_cpu` where a compiler made it, the
-PyTorch lines here elsewhere. Both sum over ranks the same tables in the same order, so ranks need not agree on it."""
+Between two sums over ranks stands one piece of work: an operator of `clustering_cpu` where a compiler made it, Triton's
+kernels on a GPU, the PyTorch lines here elsewhere. All sum over ranks the same tables in the same order, so ranks need
+not agree on it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg.kernels import clustering_cpu
+from protoseg.kernels import clustering_cpu, gpu
 
 PIECE = 1024  # rows
 LARGEST_EXPONENT = {torch.float32: 42.0, torch.float64: 340.0}  # of a: exp(-2a)/K is still a normal number
@@ -76,11 +77,31 @@ def balanced_index(
     return mass.argmax(1).masked_fill_(counts == 1, 0) if lone else mass.argmax(1)
 
 
+def log_plan(
+    own: Tensor,
+    classes: Tensor,
+    num_classes: int,
+    log_shares: Tensor,
+    kappa: float,
+    iterations: int,
+    total: Reduction,
+    largest: Reduction,
+) -> Tensor:
+    """(N, K) log of the plan for any kappa, in the log domain, by Triton's kernels; see `gpu.segments.log_plan`."""
+    from protoseg.kernels.gpu import segments
+
+    return segments.log_plan(own, classes, num_classes, log_shares, kappa, iterations, total, largest)
+
+
 def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(count, D) sum and (count,) number of the (N, D) rows of each index in [0, count); -1 belongs nowhere.
 
     Every sum has one order: unlike atomic additions it gives the same bits every time, on a GPU too.
     """
+    if gpu.way(rows.device, rows.dtype) is not None:
+        from protoseg.kernels.gpu import segments
+
+        return segments.segment_sums(rows, index, count)
     if clustering_cpu.takes(rows):
         return torch.ops.protoseg.segment_sums(rows, index, count)
     order = torch.sort(torch.where(index < 0, count, index), stable=True)  # what belongs nowhere comes last
@@ -120,6 +141,16 @@ class _Rounds(NamedTuple):
 def _rounds(own: Tensor, classes: Tensor, num_classes: int, kappa: float, iterations: int, total: Reduction) -> _Rounds:
     kernel = (own * (1 / kappa)).exp_()
     K = own.shape[1]
+    if gpu.way(own.device, own.dtype) is not None:
+        from protoseg.kernels.gpu import segments as triton
+
+        pixels = triton.grouped(classes, num_classes)
+        table = torch.cat([triton.masses(own, pixels, None, kappa), pixels.counts[:, None].to(own.dtype)], 1)
+        table = total(table)
+        sums, counts = table[:, :K], table[:, K]
+        for _ in range(iterations - 1):
+            sums = total(triton.masses(own, pixels, _factors(sums), kappa))
+        return _Rounds(kernel, None, sums, counts)
     if clustering_cpu.takes(kernel):
         *ordered, table = torch.ops.protoseg.first_sums(kernel, classes, num_classes)
         table = total(table)  # C K+1

@@ -61,6 +61,8 @@ def sinkhorn(
     if log_shares is None:
         log_shares = own.new_full((num_classes, K), -math.log(K))
     log_shares = torch.cat([log_shares.to(own.dtype), own.new_zeros(1, K)])  # C+1 K
+    if kernels.log_plan_applies(own):
+        return kernels.log_plan(own, classes, num_classes, log_shares, kappa, iterations, total, largest)
     kernel = own / kappa
     log_v = own.new_zeros(own.shape[0], 1)
     plan = kernel

@@ -4,6 +4,7 @@
 |---|---|
 | `similarity` | Eq. (1), (2), (5): best prototype of each class, log-sum-exp over all, and their gradient |
 | `rows` | unit length and its adjoint |
+| `segments` | rounds of Eq. (4) over all classes at once; the sums of Eq. (8) |
 
 `way` is asked once by each computation and names how it takes its products:
 
