@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protoseg.config import Data, Evaluation, UserError
+from picture_trees import write_mask
+from protoseg.config import Data, DataError, Evaluation, UserError
 from protoseg.data import catalog
 from protoseg.data.dataset import SegmentationDataset
 from protoseg.tasks.evaluation import evaluate
@@ -51,6 +52,27 @@ def test_the_file_is_strict_json_beside_the_model(run, capsys):
     assert written["data"]["crop_size"] == [40, 56]
     for entry, plain in zip(report["classes"], written["classes"]):
         assert plain["iou"] is None if math.isnan(entry["iou"]) else plain["iou"] == entry["iou"]
+
+
+def test_parts_of_a_split_by_name_add_up_to_the_whole(run, tmp_path):
+    scenes = SegmentationDataset(catalog.find(SMALL, "test"))
+    names = ["drive1_a", "drive1_b", "drive2_a", "drive2_b", "drive2_c"]
+    for name, scene in zip(names, scenes):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(scene["image"].permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{name}.png")
+        write_mask(tmp_path / "masks" / f"{name}.png", scene["label"].numpy())
+    classes = ", ".join(f"{i}: {name}" for i, name in enumerate(scenes.labels.names))
+    split = "{images: images, masks: masks}"
+    (tmp_path / "dataset.yaml").write_text(f"test: {split}\nclasses: {{{classes}}}\n")
+    data = dataclasses.replace(SMALL, name="folder", root=str(tmp_path), workers=0)
+
+    whole = evaluate(run, data=data)
+    one, two = (evaluate(run, data=data, prefix=drive) for drive in ("drive1", "drive2"))
+    assert (one["images"], two["images"], whole["images"]) == (2, 3, 5)
+    assert (np.array(one["confusion"]) + np.array(two["confusion"])).tolist() == whole["confusion"]
+    assert json.loads((run / "final" / "evaluation-test-drive1.json").read_text())["prefix"] == "drive1"
+    with pytest.raises(DataError, match="no image's name begins with 'drive3'; they are drive1_a, drive1_b"):
+        evaluate(run, data=data, prefix="drive3")
 
 
 def test_how_it_was_validated_is_how_it_is_evaluated(tmp_path):
