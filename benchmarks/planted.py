@@ -23,13 +23,14 @@ CLASSES, K, D, COSINE, NOISE = 4, 10, 64, 0.74, 0.3
 REPORT = (1, 20, 100, 300, 1000, 3000)
 RULES: dict[str, dict[str, Any]] = {
     "default": {},
-    "momentum 0.999": {"momentum": 0.999},
-    "data start": {"start": "data"},
+    "momentum 0.99": {"momentum": 0.99},
+    "random start, 0.99": {"start": "random", "momentum": 0.99},
+    "data start, 0.99": {"start": "data", "momentum": 0.99},
+    "data start, bias-corrected, 0.99": {"start": "data", "momentum_rule": "bias_corrected", "momentum": 0.99},
     "data start, bias-corrected": {"start": "data", "momentum_rule": "bias_corrected"},
-    "data start, bias-corrected, 0.999": {"start": "data", "momentum_rule": "bias_corrected", "momentum": 0.999},
-    "data start, count-aware": {"start": "data", "momentum_rule": "count_aware"},
-    "nearest (no balance)": {"assignment": "nearest"},
-    "nearest, data start": {"assignment": "nearest", "start": "data"},
+    "data start, count-aware, 0.99": {"start": "data", "momentum_rule": "count_aware", "momentum": 0.99},
+    "nearest (no balance), 0.99": {"assignment": "nearest", "momentum": 0.99},
+    "nearest, data start, 0.99": {"assignment": "nearest", "start": "data", "momentum": 0.99},
     "reference_fixed": {"preset": "reference_fixed"},
     "reference": {"preset": "reference"},
 }
