@@ -1,8 +1,8 @@
 """What a frozen head computes: class maxima of prototype products in full precision, bfloat16 or int8, and the arg-max
 of bilinearly resized scores without the resized table.
 
-Pixels come last in the products and a band at a time, as in `similarity`. Linear layers go through the library that `gemm` chose; PyTorch's 1x1 convolution took 2.3 times
-as long for the same product on one Zen 5 core."""
+Pixels come last in the products and a band at a time, as in `similarity`. Linear layers go through the library that
+`gemm` chose; PyTorch's 1x1 convolution took 2.3 times as long for the same product on one Zen 5 core."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class Table:
     Attributes:
         vectors: (P, D) float, bfloat16 or int8; P prototypes of all classes, of a class side by side.
         step: (P, 1) what an int8 unit is worth; None in floating point.
-        bias: (P, 1) to be added to every product, or None.
+        centre: (D,) what was taken off every vector before it was rounded, or None. Classes share much of their
+            direction, and what they share need not be rounded.
+        bias: (P, 1) to be added to every product, or None; in full precision only.
         groups: classes with equally many prototypes: (their ids or None for all, how many classes, prototypes of each),
             in the order of `vectors`.
         num_classes: C.
@@ -39,6 +41,7 @@ class Table:
 
     vectors: Tensor
     step: Tensor | None
+    centre: Tensor | None
     bias: Tensor | None
     groups: tuple[tuple[Tensor | None, int, int], ...]
     num_classes: int
@@ -82,23 +85,17 @@ def class_maxima(rows: Tensor, table: Table) -> Tensor:
 
     The type is that of `rows`. In bfloat16 on a CPU the products are rounded to bfloat16 before the maximum.
     """
-    unit: Tensor | None = None
     if table.vectors.dtype == torch.int8:
         integers, unit = quantize(rows)
-        products = _int8_products(table.vectors, integers)
         assert table.step is not None
-        products = products.to(rows.dtype).mul_(table.step)
-        if table.bias is not None:  # the bias is not in units of the pixel
-            products = products.mul_(unit.T)
-            unit = None
+        products = _int8_products(table.vectors, integers).to(rows.dtype).mul_(table.step)
+        best = _maxima(products, table).mul_(unit.T)
     elif table.vectors.dtype == torch.bfloat16:
-        products = _bf16_products(table.vectors, rows.bfloat16())
+        best = _maxima(_bf16_products(table.vectors, rows.bfloat16()), table).to(rows.dtype)
     else:
         products = gemm.similarities(table.vectors, rows)
-    if table.bias is not None:
-        products = products.add_(table.bias.to(products.dtype))
-    best = _maxima(products, table).to(rows.dtype)
-    return best if unit is None else best.mul_(unit.T)
+        best = _maxima(products if table.bias is None else products.add_(table.bias), table)
+    return best if table.centre is None else best.add_(rows @ table.centre)
 
 
 def _maxima(products: Tensor, table: Table) -> Tensor:

@@ -14,6 +14,10 @@ What is exact, and when it is done (M: arithmetic of a pixel):
 * A norm of the features over channels, of rows (`projection_norm="width"`) or of the scores over classes, or another
   distance than the cosine, stands between and forbids folding; such heads take the rest.
 
+* Prototypes of all classes share much of their direction. It is taken off before they are rounded and given back as one
+  number a pixel, which no arg-max sees: 14 to 42 % fewer labels lost on CamVid with two trained networks. Folded, int8
+  lost more than twice as many there, so a head in bfloat16 or int8 does not fold.
+
 Pruning leaves out prototypes that training left idle, bfloat16 and int8 round: these may change labels, so the share of
 labels kept on features one gives is measured and must be as large as one asks."""
 
@@ -129,6 +133,7 @@ class Prototypes(nn.Module):
 
     vectors: Tensor
     step: Tensor | None
+    centre: Tensor | None
     bias: Tensor | None
     ids: Tensor | None
 
@@ -142,13 +147,17 @@ class Prototypes(nn.Module):
         self.groups = list(zip(classes.tolist(), sizes.tolist()))  # how many classes, prototypes of each
         self.register_buffer("ids", order if len(self.groups) > 1 else None)
         self.register_buffer("bias", None if bias is None else bias[order][kept[order]][:, None].to(dtype))
-        step = None
+        centre = step = None
+        if precision != "full":
+            centre = rows.mean(0)
+            rows = rows - centre
         if precision == "int8":
             rows, step = kernel.quantize(rows)
             step = step.to(dtype)
         rows = rows.to({"full": dtype, "bf16": torch.bfloat16, "int8": torch.int8}[precision])
         self.register_buffer("vectors", rows.contiguous())
         self.register_buffer("step", step)
+        self.register_buffer("centre", None if centre is None else centre.to(dtype))
 
     def table(self) -> kernel.Table:
         """What the kernel takes."""
@@ -156,7 +165,7 @@ class Prototypes(nn.Module):
         for classes, k in self.groups:
             groups.append((None if self.ids is None else self.ids[start : start + classes], classes, k))
             start += classes
-        return kernel.Table(self.vectors, self.step, self.bias, tuple(groups), self.num_classes)
+        return kernel.Table(self.vectors, self.step, self.centre, self.bias, tuple(groups), self.num_classes)
 
 
 class FrozenHead(nn.Module):
@@ -199,7 +208,8 @@ class FrozenHead(nn.Module):
         r = vectors.shape[2]
         made = BORDER * (hidden * hidden * (len(layers) - 1) + hidden * r)  # again, of lengths at borders
         self.plain_scores = self.score_norm is None and self.distance == "cosine"  # as the maxima, up to one factor
-        if straight and self.plain_scores and self.kept * hidden + made < r * (hidden + self.kept):
+        cheaper = self.kept * hidden + made < r * (hidden + self.kept)
+        if straight and self.plain_scores and precision == "full" and cheaper:
             weight, bias = layers[-1]
             self.folded = Prototypes(vectors @ weight, vectors @ bias, kept, precision, dtype)
         self.requires_grad_(False)
