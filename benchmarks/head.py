@@ -78,16 +78,16 @@ class SoftmaxHead(nn.Module):
         return F.cross_entropy(scores, labels, ignore_index=VOID)
 
 
-def batch(shape: Shape, side: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def batch(shape: Shape, side: int, device: str, prototypes: int = K) -> tuple[Tensor, Tensor, Tensor]:
     """(B, D, h, w) features, (B, H, W) labels, (C, K, D) the prototypes they lie near."""
     g = torch.Generator().manual_seed(0)
-    centres = F.normalize(torch.randn(shape.classes, K, shape.dim, generator=g), dim=-1)
+    centres = F.normalize(torch.randn(shape.classes, prototypes, shape.dim, generator=g), dim=-1)
     zipf = 1 / torch.arange(1, min(shape.classes, 20) + 1)
     present = torch.randperm(shape.classes, generator=g)[: len(zipf)]
     tiles = present[torch.multinomial(zipf, shape.images * 64, replacement=True, generator=g)].view(-1, 1, 8, 8)
     labels = F.interpolate(tiles.double(), size=(side * shape.up, side * shape.up)).long()[:, 0]
     small = F.interpolate(tiles.double(), size=(side, side)).long()[:, 0]
-    which = torch.randint(K, small.shape, generator=g)
+    which = torch.randint(prototypes, small.shape, generator=g)
     features = centres[small, which] + torch.randn(*small.shape, shape.dim, generator=g) * shape.dim**-0.5
     labels = torch.where(torch.rand(labels.shape, generator=g) < 0.05, VOID, labels)
     return features.to(device).permute(0, 3, 1, 2), labels.to(device), centres.to(device)
@@ -229,9 +229,8 @@ def resident(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}; --memory needs Linux")
 
 
-def peak(shape: Shape, side: int, name: str, device: str) -> float:
+def peak_of(step: Callable[[], object], device: str) -> float:
     """MB one step adds at its peak, in this process; nothing was stepped before."""
-    step = contestants(shape, side, device)[name]
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
@@ -322,7 +321,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.peak_of:
         shape = SHAPES[arguments.shape[0]]
-        print(peak(shape, shape.full_side if arguments.full else shape.side, arguments.peak_of, arguments.device))
+        side = shape.full_side if arguments.full else shape.side
+        print(peak_of(contestants(shape, side, arguments.device)[arguments.peak_of], arguments.device))
         return
     results = {}
     for name in arguments.shape:
