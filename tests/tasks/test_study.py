@@ -308,7 +308,7 @@ def test_a_signal_ends_the_cells_and_the_study(build, stand_in, tmp_path, number
     stopper.join()
     assert signal.getsignal(number) == before
     assert order(folder).count("three/0") == 0
-    assert {cell["state"] for cell in results(folder)["cells"]} == {"starting", "waiting"}
+    assert {cell["state"] for cell in results(folder)["cells"]} == {"stopped", "waiting"}
     (folder / "slow-two").unlink()
     (folder / "slow-one").unlink()
     assert study(folder, replace(PLAN, seeds=(0,)), build, threads=1) == 0
@@ -336,7 +336,7 @@ def test_a_cell_another_process_has_is_not_run_twice(build, stand_in, tmp_path, 
     assert runner.claim(folder, first) is None
     assert study(folder, plan, build, threads=1) == 0
     assert order(folder) == ["two/0", "three/0"]
-    assert "1 cells are being run by another process" in capsys.readouterr().out
+    assert "being run by another process: 1" in capsys.readouterr().out
     study(folder, plan, build, dry_run=True)
     assert "running" in capsys.readouterr().out
     elsewhere.close()
@@ -357,6 +357,20 @@ def test_a_cell_keeps_its_claim_when_the_study_is_killed_and_loses_it_with_its_o
     freed = runner.claim(folder, cell)
     assert freed is not None
     freed.close()
+
+
+def test_a_fault_of_the_study_itself_leaves_no_cell_running(build, stand_in, tmp_path, monkeypatch):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "slow-two").touch()
+    started = []
+    original = runner.start
+    monkeypatch.setattr(runner, "start", lambda *given: started.append(original(*given)) or started[-1])
+    monkeypatch.setattr(runner, "scores", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        study(folder, replace(PLAN, seeds=(0,)), build, workers=2, threads=1)
+    assert len(started) == 2
+    assert all(one.process.poll() is not None for one in started)
 
 
 # the report

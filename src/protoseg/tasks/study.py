@@ -45,6 +45,7 @@ from protoseg.tasks.study_plan import (
 )
 
 LOG = "cell.log"
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def study(
@@ -73,7 +74,7 @@ def study(
         report_only: run nothing.
 
     Returns:
-        The exit code: 0; 1 if a cell failed; 130 or 143 if SIGINT or SIGTERM stopped it.
+        The exit code: 0; 1 if a cell failed; 128 + its number if a signal stopped it (130: Ctrl-C).
 
     Raises:
         UserError: a study that does not fit together, or a cell that exists with other settings.
@@ -171,32 +172,36 @@ def run_cells(folder: Path, cells: list[Cell], plan: Study, workers: int, thread
         0, 1 if a cell failed, 128 + signal if one came.
     """
     waiting = [cell for cell in cells if not is_done(cell, plan)]
-    print(f"{len(cells) - len(waiting)} of {len(cells)} cells are done")
+    print(f"{len(cells) - len(waiting)} of {len(cells)} cells are done", flush=True)
     running: list[Running] = []
     failed = elsewhere = 0
-    signals = Signals()
-    with signals:
-        while waiting or running:
-            for one in [one for one in running if one.process.poll() is not None]:
-                running.remove(one)
-                failed += not finish(one, plan, stopped=bool(signals.came))
+    with Signals() as signals:
+        try:
+            while waiting or running:
+                for one in [one for one in running if one.process.poll() is not None]:
+                    failed += not finish(one, plan, stopped=bool(signals.came))
+                    one.lock.close()
+                    running.remove(one)
+                if signals.came:
+                    waiting.clear()
+                    signals.hand_on(one.process for one in running)
+                while waiting and len(running) < workers:
+                    cell = waiting.pop(0)
+                    started = start(folder, cell, plan, workers, threads, least_busy(devices, running))
+                    if started is None:
+                        elsewhere += not is_done(cell, plan)
+                    else:
+                        running.append(started)
+                time.sleep(0.1)
+        finally:  # a fault of the study's own leaves no cell behind
+            for one in running:
+                one.process.terminate()
+                one.process.wait()
                 one.lock.close()
-            if signals.came:
-                waiting.clear()
-                signals.hand_on(one.process for one in running)
-            while waiting and len(running) < workers:
-                cell = waiting.pop(0)
-                device = least_busy(devices, running)
-                started = start(folder, cell, plan, workers, threads, device)
-                if started is None:
-                    elsewhere += not is_done(cell, plan)
-                else:
-                    running.append(started)
-            time.sleep(0.1)
     if elsewhere:
-        print(f"{elsewhere} cells are being run by another process")
+        print(f"being run by another process: {elsewhere}")
     if failed:
-        print(f"{failed} cells failed; run the study again to try them again", file=sys.stderr)
+        print(f"failed: {failed}; run the study again to try again", file=sys.stderr)
     if signals.came:
         print("stopped; run the study again to go on", file=sys.stderr)
         return 128 + signals.came[0]
@@ -252,21 +257,22 @@ def command(cell: Cell) -> list[str]:
 
 
 def finish(one: Running, plan: Study, stopped: bool) -> bool:
-    """Say how a cell ended, and keep it where it failed; False if it did."""
+    """Say how a cell ended and keep it where it did not end well; False if it failed."""
     code, cell = one.process.returncode, one.cell
     took = f"{time.monotonic() - one.began:.0f} s"
+    error = None
     if code == 0:
         print(f"{cell.name}: done in {took}{scores(one, plan)}", flush=True)
-        return True
-    if stopped:
+    elif stopped:
+        note(cell.folder, state="stopped")
         print(f"{cell.name}: stopped after {took}", flush=True)
-        return True
-    lines = (cell.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    error = f"killed by {signal.Signals(-code).name}" if code < 0 else last or f"exit code {code}"
-    note(cell.folder, state="failed", error=error[:500])
-    print(f"{cell.name}: FAILED after {took}: {error} (see {cell.folder / LOG})", file=sys.stderr, flush=True)
-    return False
+    else:
+        lines = (cell.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        error = f"killed by {signal.Signals(-code).name}" if code < 0 else last or f"exit code {code}"
+        note(cell.folder, state="failed", error=error[:500])
+        print(f"{cell.name}: FAILED after {took}: {error} (see {cell.folder / LOG})", file=sys.stderr, flush=True)
+    return error is None
 
 
 def scores(one: Running, plan: Study) -> str:
@@ -280,7 +286,7 @@ def scores(one: Running, plan: Study) -> str:
 
 
 class Signals:
-    """SIGINT and SIGTERM are noted, to be handed on, while this is entered."""
+    """While this is entered, signals that ask to stop are noted, to be handed on."""
 
     def __init__(self) -> None:
         self.came: list[int] = []
@@ -288,7 +294,9 @@ class Signals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
+            if signal.getsignal(number) == signal.SIG_IGN:  # nohup
+                continue
             self._previous[number] = signal.signal(number, lambda came, _: self.came.append(came))
         return self
 

@@ -47,7 +47,7 @@ def markdown(name: str, plan: Study, content: dict[str, Any]) -> str:
     lines += ["", "In percent: mean ± standard deviation over seeds."]
     for baseline in plan.baselines:
         heads = ["variant", "n", *(title(*each) for each in shown)]
-        lines += ["", f"## Less {baseline}, in points", "", _row(heads), _row(["---"] + ["---:"] * (len(heads) - 1))]
+        lines += ["", f"## Against {baseline}, in points", "", _row(heads), _row(["---"] + ["---:"] * (len(heads) - 1))]
         for entry in content["differences"]:
             if entry["baseline"] == baseline:
                 found = [gap(entry["columns"].get(column, {}).get(metric)) for column, metric in shown]
@@ -136,9 +136,9 @@ def amount(found: dict[str, Any] | None, form: str) -> str:
 
 
 def draw_differences(path: Path, plan: Study, content: dict[str, Any]) -> bool:
-    """A forest plot: one panel a baseline, one line a variant and column; every seed a dot, the mean a diamond.
+    """A forest plot: a panel for each baseline, a line for each variant and column; diamonds are means, dots seeds.
 
-    The axis covers all dots; an interval that is longer ends in an arrow.
+    A panel's axis covers all its dots; an interval that is far longer ends in an arrow.
 
     Returns:
         Whether there was a difference to draw.
@@ -146,65 +146,74 @@ def draw_differences(path: Path, plan: Study, content: dict[str, Any]) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    metric = plan.metrics[0]
+    metric, columns = plan.metrics[0], list(plan.evaluate)
     entries = [entry for entry in content["differences"] if entry["seeds"]]
     baselines = [baseline for baseline in plan.baselines if any(e["baseline"] == baseline for e in entries)]
     if not entries:
         return False
-    names = [v["name"] for v in content["variants"] if any(e["variant"] == v["name"] for e in entries)]
-    columns = list(plan.evaluate)
-    rows = len(names) * (len(columns) + 0.7)
-    longest = max(len(name) for name in names)
-    width = min(16.0, 1.2 + 0.085 * longest + 3.6 * len(baselines))
-    figure = Figure(figsize=(width, 1.5 + 0.27 * rows), dpi=160, facecolor=CARD, layout="constrained")
+    compared = {entry["variant"] for entry in entries}
+    names = [variant["name"] for variant in content["variants"] if variant["name"] in compared]
+    across = min(2, len(baselines))
+    down = -(-len(baselines) // across)
+    size = (1.4 + 0.085 * max(map(len, names)) + 4.0 * across, 0.5 + down * (0.9 + 0.3 * len(names) * _pitch(columns)))
+    figure = Figure(figsize=size, dpi=160, facecolor=CARD, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(baselines), squeeze=False, sharey=True)[0]
-    low, high = limits(entries, columns, metric)
+    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)  # type: ignore[union-attr,call-arg]
+    axes = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
     for axis, baseline in zip(axes, baselines):
-        axis.axvline(0, color=INK, linewidth=0.9, zorder=1)
-        for index, name in enumerate(names):
-            top = index * (len(columns) + 0.7)
-            if name == baseline:
-                axis.text(0, top + (len(columns) - 1) / 2, " baseline", color=SOFT, va="center", fontsize=8)
-            entry = next((e for e in entries if e["variant"] == name and e["baseline"] == baseline), None)
-            for offset, column in enumerate(columns if entry else ()):
-                found = entry["columns"].get(column, {}).get(metric) if entry else None
-                if found is not None:
-                    _draw_line(axis, top + offset, found, COLOURS[offset % len(COLOURS)], low, high)
-        seeds = sorted({len(e["seeds"]) for e in entries if e["baseline"] == baseline})
-        axis.set_title(f"less {baseline}", loc="left", fontsize=10, color=INK, fontweight="bold")
-        axis.set_xlabel(
-            f"difference in {METRICS[metric]}, points  (n = {' to '.join(map(str, _ends(seeds)))})", color=SOFT
-        )
-        axis.set_xlim(low, high)
-        axis.grid(axis="x", color=LINE, linewidth=0.7)
-        axis.set_axisbelow(True)
-        axis.tick_params(colors=SOFT, labelsize=8, length=0)
-        axis.xaxis.label.set_size(8.5)
-        for side in ("top", "right", "left", "bottom"):
-            axis.spines[side].set_visible(False)
-    centres = [index * (len(columns) + 0.7) + (len(columns) - 1) / 2 for index in range(len(names))]
-    axes[0].set_yticks(centres, names)
-    axes[0].tick_params(axis="y", colors=INK, labelsize=9, pad=10)  # room for an arrow
-    axes[0].set_ylim(rows - 0.4, -1.0)
+        _draw_panel(axis, [e for e in entries if e["baseline"] == baseline], baseline, names, columns, metric)
+    for axis in axes[len(baselines) :]:
+        axis.set_visible(False)
     _explain(figure, columns)
     write_whole(path, lambda fresh: figure.savefig(fresh, format="png"))
     return True
 
 
+def _pitch(columns: list[str]) -> float:
+    """Lines a variant takes: one a column, and a gap to the next variant."""
+    return len(columns) + 0.7
+
+
+def _draw_panel(
+    axis: Any, entries: list[dict[str, Any]], baseline: str, names: list[str], columns: list[str], metric: str
+) -> None:
+    low, high = limits(entries, columns, metric)
+    axis.axvline(0, color=INK, linewidth=0.9, zorder=1)
+    tops = [index * _pitch(columns) for index in range(len(names))]
+    middle = (len(columns) - 1) / 2
+    for entry in entries:
+        for offset, column in enumerate(columns):
+            found = entry["columns"].get(column, {}).get(metric)
+            if found is not None and found["mean"] == found["mean"]:
+                y = tops[names.index(entry["variant"])] + offset
+                _draw_line(axis, y, found, COLOURS[offset % len(COLOURS)], low, high)
+    if baseline in names:
+        y = tops[names.index(baseline)] + middle
+        axis.text(0, y, "baseline", color=SOFT, va="center", ha="center", fontsize=8, backgroundcolor=CARD)
+    counts = sorted({len(entry["seeds"]) for entry in entries if entry["seeds"]})
+    seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    axis.set_title(f"against {baseline}", loc="left", fontsize=10, color=INK, fontweight="bold")
+    axis.set_xlabel(f"difference in {METRICS[metric]}, points  (n = {seeds})", color=SOFT, fontsize=8.5)
+    axis.set_xlim(low, high)
+    axis.set_ylim(tops[-1] + len(columns) - 0.2, -0.8)
+    axis.set_yticks([top + middle for top in tops], names)
+    axis.grid(axis="x", color=LINE, linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=SOFT, labelsize=8, length=0)
+    axis.tick_params(axis="y", labelcolor=INK, labelsize=9, pad=10)  # room for an arrow
+    for side in ("top", "right", "left", "bottom"):
+        axis.spines[side].set_visible(False)
+
+
 def limits(entries: list[dict[str, Any]], columns: list[str], metric: str) -> tuple[float, float]:
-    """The ends of the axis in points: around all dots, and the intervals as far as they are not far longer."""
+    """The ends of an axis in points: around 0, all dots, and the intervals as far as they are not far longer."""
     found = [e["columns"][c][metric] for e in entries for c in columns if metric in e["columns"].get(c, {})]
-    dots = [100 * value for each in found for value in each["values"]] + [0.0]
+    dots = [100 * value for each in found for value in each["values"] if value == value] + [0.0]
     room = max(0.5, 0.75 * (max(dots) - min(dots)))
     ends = [100 * each[end] for each in found for end in ("low", "high") if each[end] is not None] + dots
     low, high = max(min(ends), min(dots) - room), min(max(ends), max(dots) + room)
-    margin = 0.05 * (high - low)
+    margin = 0.05 * max(high - low, 0.5)
     return low - margin, high + margin
-
-
-def _ends(counts: list[int]) -> list[int]:
-    return counts if len(counts) < 2 else [counts[0], counts[-1]]
 
 
 def _draw_line(axis: Any, y: float, found: dict[str, Any], colour: str, low: float, high: float) -> None:
@@ -217,10 +226,9 @@ def _draw_line(axis: Any, y: float, found: dict[str, Any], colour: str, low: flo
                 axis.plot([limit], [y], marker, color=colour, markersize=6, clip_on=False, zorder=2)
             else:
                 axis.plot([end, end], [y - 0.2, y + 0.2], color=colour, linewidth=1.4, zorder=2)
-    axis.plot(
-        values, [y] * len(values), "o", color=CARD, markeredgecolor=colour, markeredgewidth=1, markersize=4.2, zorder=4
-    )
     axis.plot([100 * found["mean"]], [y], "D", color=colour, markersize=6, zorder=3)
+    below = [y + 0.34] * len(values)  # the axis runs downwards
+    axis.plot(values, below, "o", color=CARD, markeredgecolor=colour, markeredgewidth=1, markersize=3.6, zorder=4)
 
 
 def _explain(figure: Any, columns: list[str]) -> None:
@@ -231,7 +239,7 @@ def _explain(figure: Any, columns: list[str]) -> None:
         for i, column in enumerate(columns)
     ]
     marks.append(
-        Line2D([], [], linestyle="", marker="o", color=CARD, markeredgecolor=SOFT, markersize=4.2, label="one seed")
+        Line2D([], [], linestyle="", marker="o", color=CARD, markeredgecolor=SOFT, markersize=3.6, label="one seed")
     )
     marks.append(Line2D([], [], linestyle="", marker="D", color=SOFT, markersize=6, label="mean"))
     marks.append(Line2D([], [], color=SOFT, linewidth=1.8, label="95 % interval"))
