@@ -50,7 +50,7 @@ class StripCrossEntropy(torch.autograd.Function):
         (B, C, h, w), (H, W) = scores.shape, labels.shape[1:]
         kind = (False, scores.dtype, scores.device)
         vertical, across = upsampling.lines(h, H, *kind), upsampling.lines(w, W, *kind)
-        share = 1 / (labels != VOID).sum().clamp(min=1)
+        share = (labels != VOID).sum().clamp(min=1).to(scores.dtype).reciprocal()
         budget = similarity.CPU_BAND if scores.device.type == "cpu" else similarity.GPU_BAND
         loss, gradient = scores.new_zeros(()), torch.empty_like(scores, memory_format=torch.contiguous_format)
         for b in range(B):
