@@ -288,8 +288,10 @@ def predict_options(parser: Parser) -> None:
 def predict(settings: Any) -> int:
     from protoseg.tasks.prediction import predict
 
-    names = ("out", "overlay", "confidence", "evaluation", "void_below", "submission_format")
-    names += ("overwrite", "exif", "device")
+    names = [
+        *("out", "overlay", "confidence", "evaluation", "void_below", "submission_format"),
+        *("overwrite", "exif", "device"),
+    ]
     return predict(settings.model, settings.images, **{name: settings[name] for name in names}).exit_code
 
 

@@ -75,7 +75,8 @@ INTERVALS = (
 def shown_columns(plan: Study) -> list[tuple[str, str]]:
     """The columns of the tables: the first metric on every split, the others on the first."""
     first = next(iter(plan.evaluate))
-    return [(column, plan.metrics[0]) for column in plan.evaluate] + [(first, metric) for metric in plan.metrics[1:]]
+    most: str = plan.metrics[0]
+    return [(column, most) for column in plan.evaluate] + [(first, metric) for metric in plan.metrics[1:]]
 
 
 def title(column: str, metric: str) -> str:
