@@ -4,6 +4,7 @@ asks here whether a faster way applies, and takes the plain lines where it does 
 | what | fast way | where not |
 |---|---|---|
 | scores, losses and their gradient | `similarity.one_pass` | `torch.compile`, `torch.func`; `plain_only()` |
+| norms before the unit length | `embedding.normed_rows` | `torch.compile`, `torch.func`, tracing; `plain_only()` |
 | scores alone, without gradient | `similarity.class_cosines` | `torch.compile`, export, tracing; `plain_only()` |
 | transport plan, arg-max | `clustering.transport_plan`, `balanced_index` | small kappa, `torch.func`; `plain_only()` |
 | log of the plan | `clustering.log_plan` | no GPU, no Triton; `torch.compile`, `torch.func`; `plain_only()` |
@@ -26,6 +27,7 @@ from torch import Tensor
 from protoseg.kernels import clustering, clustering_cpu, gpu
 from protoseg.kernels.clustering import balanced_index, log_plan, row_products, segment_sums, transport_plan
 from protoseg.kernels.clustering_cpu import momentum_step_, move_, reseed_, usage_step_
+from protoseg.kernels.embedding import normed_rows
 from protoseg.kernels.shards import Shard
 from protoseg.kernels.similarity import Batch, Settings, class_cosines, one_pass
 
@@ -41,6 +43,8 @@ __all__ = [
     "memory_steps_apply",
     "momentum_step_",
     "move_",
+    "normed_rows",
+    "normed_rows_apply",
     "one_pass",
     "one_pass_applies",
     "plain_only",
@@ -69,6 +73,12 @@ def plain_only() -> Iterator[None]:
 def one_pass_applies() -> bool:
     """Whether `head.losses` goes through `one_pass`. A compiler traces the plain lines and fuses them itself."""
     return not (torch.compiler.is_compiling() or _transformed() or _plain.get())
+
+
+def normed_rows_apply() -> bool:
+    """Whether the `width` norm and the LayerNorm of the embedding go through `normed_rows`."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed()
+    return not (traced or _plain.get())
 
 
 def _transformed() -> bool:

@@ -231,9 +231,13 @@ class PrototypeHead(nn.Module):
 
     def _embed(self, features: Tensor) -> Tensor:
         """`embed` before the unit length is taken."""
-        embedding = embed(self.projection(features), self.projection_norm)
-        if self.feature_norm is not None:
-            embedding = self.feature_norm(unit(embedding) if self.projection_norm == "channel" else embedding)
+        projected, layer_norm = self.projection(features), self.feature_norm
+        if (self.projection_norm == "width" or layer_norm is not None) and kernels.normed_rows_apply():
+            learned = (None, None, 0.0) if layer_norm is None else (layer_norm.weight, layer_norm.bias, layer_norm.eps)
+            return kernels.normed_rows(projected, self.projection_norm, *learned)
+        embedding = embed(projected, self.projection_norm)
+        if layer_norm is not None:
+            embedding = layer_norm(unit(embedding) if self.projection_norm == "channel" else embedding)
         return embedding
 
     def _similarity(self, embedding: Tensor) -> Tensor:
