@@ -185,3 +185,16 @@ def test_labels_are_the_arg_max_of_the_scores(kind, size):
         labels = model.labels(images, dtype=torch.uint8)
         assert labels.shape == (2, *size)
         assert torch.equal(labels[clear].long(), top.indices[:, 0][clear])
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_form_for_inference_answers_alike_and_leaves_the_network_alone(kind):
+    model, images = small(kind).eval(), torch.rand(1, 3, 33, 47)
+    keys, head = list(model.state_dict()), model.head
+    fast = model.for_inference()
+    with torch.no_grad():
+        assert_close(fast(images), model(images), rtol=0, atol=1e-5)
+    assert model.head is head
+    assert list(model.state_dict()) == keys
+    assert fast.backbone is model.backbone
+    assert (fast.head is head) == (kind != "prototype")

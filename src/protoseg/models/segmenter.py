@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.config import Head, Model
-from protoseg.method.inference import FrozenHead, bilinear_labels
+from protoseg.method.head import PrototypeHead
+from protoseg.method.inference import FrozenHead, bilinear_labels, freeze
 from protoseg.method.losses import Losses, segmentation_cross_entropy
 from protoseg.models.blocks import ConvNormAct, start_for_relu
 
@@ -97,6 +99,17 @@ class Segmenter(nn.Module):
         else:
             labels = bilinear_labels(self.head(features), size, align_corners=self.head.align_corners, dtype=dtype)
         return labels[..., :H, :W]
+
+    def for_inference(self) -> Segmenter:
+        """This network with its prototype head frozen (`method.inference.freeze`, full precision, nothing pruned).
+
+        Scores agree to rounding. Everything but the head is shared: in eval mode, for a network that trains no more.
+        """
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        if isinstance(self.head, PrototypeHead):
+            twin.head = freeze(self.head)
+        return twin
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, D', h, w) what the head sees of the padded images."""

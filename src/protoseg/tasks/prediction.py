@@ -95,6 +95,7 @@ class Predictor:
 
     def __init__(self, segmenter: Segmenter, meta: dict[str, Any], evaluation: Evaluation, device: torch.device):
         self.segmenter = segmenter.eval().to(device)
+        self._answering = self.segmenter.for_inference()
         self.names: tuple[str, ...] = tuple(meta["names"])
         self.palette = tuple(meta.get("palette") or default_palette(len(self.names)))
         self.evaluation = evaluation
@@ -119,7 +120,7 @@ class Predictor:
         evaluation = affordable(self.evaluation, len(self.names), (small.shape[-2], small.shape[-1]))
         kind = torch.uint8 if len(self.names) <= 256 else torch.int32
         labels, sure = segment_labels(
-            self.segmenter, small, evaluation, (height, width), confidence=confidence, dtype=kind
+            self._answering, small, evaluation, (height, width), confidence=confidence, dtype=kind
         )
         return Prediction(
             labels=labels.cpu().numpy(),
