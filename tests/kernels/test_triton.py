@@ -13,12 +13,13 @@ from heads import batch, build
 from protoseg.kernels import gpu
 
 HERE = Path(__file__).parent
+OLD_INTERPRETER = "ignore:Conversion of an array with ndim > 0:DeprecationWarning"  # Triton 3.6 with NumPy before 2.4
 
 
 def test_the_kernels_agree_with_the_plain_lines_in_the_interpreter():
     pytest.importorskip("triton")
     files = sorted(str(path) for path in HERE.glob("test_triton_*.py"))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", OLD_INTERPRETER, *files]
     run = subprocess.run(
         command,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", gpu.VARIABLE: "auto"},
@@ -27,6 +28,8 @@ def test_the_kernels_agree_with_the_plain_lines_in_the_interpreter():
         text=True,
         timeout=600,
     )
+    if "only 0-dimensional arrays can be converted" in run.stdout:
+        pytest.skip("this Triton's interpreter does not know this NumPy (Triton 3.6 with NumPy 2.4 and later)")
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert "skipped" not in run.stdout, run.stdout[-2000:]
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from protoseg.kernels.gpu import launching_on
 
-TILE = 8192  # numbers of a program
+TILE = 2048  # numbers of a program
+SHORTEST = tl.constexpr(1e-12)  # length; given a type by `tl.full`, or older versions of Triton take it in fp32
 
 
 @triton.jit
@@ -21,7 +22,8 @@ def _unit(
     d = tl.arange(0, BD)
     inside = (row < n)[:, None] & (d < D)[None]
     values = tl.load(raw + row[:, None] * stride_n + d[None] * stride_d, mask=inside, other=0.0)
-    length = tl.maximum(tl.sqrt(tl.sum(values * values, 1)), 1e-12)
+    length = tl.sqrt(tl.sum(values * values, 1))
+    length = tl.maximum(length, tl.full((R,), SHORTEST, length.dtype))
     values = values / length[:, None]
     tl.store(out + row[:, None] * D + d[None], values, mask=inside)
     if HALF:
@@ -47,8 +49,9 @@ def _finish(
     x = tl.load(unit_rows + at, mask=inside, other=0.0)
     values = tl.load(raw + row[:, None] * stride_n + d[None] * stride_d, mask=inside, other=0.0)
     length = tl.sqrt(tl.sum(values * values, 1))
-    radial = tl.where(length > 1e-12, tl.sum(g * x, 1), 0.0)
-    g = (g - x * radial[:, None]) / tl.maximum(length, 1e-12)[:, None]
+    shortest = tl.full((R,), SHORTEST, length.dtype)
+    radial = tl.where(length > shortest, tl.sum(g * x, 1), 0.0)
+    g = (g - x * radial[:, None]) / tl.maximum(length, shortest)[:, None]
     tl.store(gradient + at, g, mask=inside)
 
 
