@@ -148,7 +148,7 @@ def draw(found: dict[str, Any], png: Path) -> None:
         grid[0][column].set_title(fixed, loc="left", fontsize=10, color="#555555")
         grid[-1][column].set_xlabel(TITLES[axis])
         for plot, (quantity, label) in zip(grid[:, column], QUANTITIES.items()):
-            plot.set(xscale="log", yscale="log", xlim=(left * (left / right) ** 0.04, right * (right / left) ** 0.55))
+            plot.set(xscale="log", yscale="log", xlim=(left * (left / right) ** 0.04, right * (right / left) ** 0.5))
             plot.set_xticks(curve["values"], [short(x) for x in curve["values"]])
             plot.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
             plot.minorticks_off()
@@ -163,7 +163,8 @@ def draw(found: dict[str, Any], png: Path) -> None:
             }
     told = found["machine"]
     where = told["device"] if told["device"] != "cpu" else f"one thread of {told['cpu']}"
-    note = f"{where} · torch {told['torch']} · fp32 · labels at feature size · commit {told['commit']}"
+    note = f"{where} · torch {told['torch']} · fp32 · labels at feature size · the release ends where it needs "
+    note += f"more than {found['release GB']:g} GB · commit {told['commit']}"
     figure.text(0.012, 0.008, note, fontsize=8, color="#777777")
     figure.tight_layout(rect=(0, 0.025, 1, 0.985))
     figure.canvas.draw()
@@ -174,7 +175,7 @@ def draw(found: dict[str, Any], png: Path) -> None:
 
 
 def short(number: int) -> str:
-    return f"{number // 1000}k" if number >= 3000 else str(number)
+    return f"{number // 1000}k" if number >= 1000 else str(number)
 
 
 def line(plot: Any, name: str, values: list[int], measured: list[dict[str, float]]) -> tuple[float, float]:
@@ -186,10 +187,10 @@ def line(plot: Any, name: str, values: list[int], measured: list[dict[str, float
 
 def name_lines(plot: Any, ends: dict[str, tuple[float, float]]) -> None:
     """Write each name to the right of its line's end, pushed up where two would meet."""
-    below = float("-inf")
+    below: dict[float, float] = {}
     for name, end in sorted(ends.items(), key=lambda item: item[1][1]):
         x, y = plot.transData.transform(end)
-        y = below = max(y, below + 17)  # pixels at the figure's own resolution
+        y = below[x] = max(y, below.get(x, float("-inf")) + 17)  # pixels at the figure's own resolution
         place = plot.transData.inverted().transform((x + 9, y))
         bold = "bold" if name == OURS else "normal"
         plot.text(*place, name, color=COLOURS[name], va="center", fontsize=9.5, fontweight=bold)
@@ -215,7 +216,7 @@ def main() -> None:
     base = Point(N=arguments.pixels, D=arguments.dim)
     ladders = {axis: [replace(base, **{axis: value}) for value in RUNGS[axis]] for axis in arguments.axis}
     memory = {axis: peaks(axis, points, arguments) for axis, points in ladders.items()}  # before anything has run
-    found: dict[str, Any] = {"machine": machine(arguments.device), "axes": {}}
+    found: dict[str, Any] = {"machine": machine(arguments.device), "release GB": arguments.release_gb, "axes": {}}
     for axis, points in ladders.items():
         found["axes"][axis] = {
             "values": list(RUNGS[axis]),

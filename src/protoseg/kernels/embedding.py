@@ -43,7 +43,8 @@ class NormedRows(torch.autograd.Function):
         moments = out.new_empty(2, B, h, w, 1) if weight is not None else None
         for part in _pieces(pixels):
             piece = pixels[part].to(dtype)
-            lengths[part] = torch.linalg.vector_norm(piece, dim=axis, keepdim=True).clamp_(min=SHORTEST)
+            squares = torch.mul(piece, piece, out=out[part])  # `vector_norm` is slow along any but the last axis
+            lengths[part] = squares.sum(axis, keepdim=True).sqrt_().clamp_(min=SHORTEST)
             torch.div(piece, lengths[part], out=out[part])
             if moments is not None and weight is not None and bias is not None:
                 rows, moments[0][part], moments[1][part] = torch.native_layer_norm(
