@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels. Agreement is in `test_triton_*.py`, which run on a GPU where there is one."""
+"""What only a GPU can show of the kernels. That they agree is for `test_triton_*.py`, which run on a GPU as well."""
 
 import pytest
 import torch
