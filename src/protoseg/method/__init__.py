@@ -10,5 +10,5 @@
 | (6) pixel-prototype distance | `losses.pixel_prototype_distance` |
 | (7) total loss | `losses.total_loss` |
 | (8) momentum update | `prototypes.assigned_sums`, `prototypes.momentum_step` |
-| all of them | `head.PrototypeHead` |
+| all of them | `head.PrototypeHead`; with the classes over ranks `sharded.ShardedPrototypeHead` |
 """
