@@ -1,6 +1,7 @@
 """The command line: what it accepts, refuses and costs. Verbs themselves are tested with their tasks."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -38,13 +39,11 @@ except SystemExit: pass
 print("IMPORTED", *(name for name in ("torch", "numpy", "lightning", "timm", "PIL") if name in sys.modules))
 """
     for words in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"]):
-        best = float("inf")
-        for _ in range(3):  # a busy machine may be slow once
-            start = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-            best = min(best, time.perf_counter() - start)
-            assert done.stdout.splitlines()[-1].strip() == "IMPORTED"
-        assert best < 1.5
+        before = os.times()  # work, not waiting: the machine may be busy with something else
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+        after = os.times()
+        assert done.stdout.splitlines()[-1].strip() == "IMPORTED"
+        assert after.children_user + after.children_system - before.children_user - before.children_system < 1.5
 
 
 def test_version():
@@ -157,9 +156,9 @@ def test_no_value_imports_a_module(words, tmp_path, monkeypatch, capsys):
     (tmp_path / "plain.yaml").write_text("data: canary.X\n")
     (tmp_path / "path.yaml").write_text("data: {class_path: canary.X, init_args: {}}\n")
     (tmp_path / "nested.yaml").write_text("head: {start: {class_path: canary.X}}\n")
-    start = time.perf_counter()
+    start = time.process_time()
     assert code_of("train", *words) == 2
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert not (tmp_path / "owned").exists()
     assert "canary" not in sys.modules
 
@@ -175,9 +174,9 @@ def test_no_value_imports_a_module(words, tmp_path, monkeypatch, capsys):
 )
 def test_a_hostile_file_is_refused_at_once(text, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     assert code_of("train", "--config", str(tmp_path / "recipe.yaml")) == 2
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(
