@@ -227,7 +227,7 @@ class Blocks:
 def blocks(way: str, num_classes: int, dim: int, *, backward: bool) -> Blocks:
     """Sizes for `way` (see `protoseg.kernels.gpu`).
 
-    The largest that compile for sm_90 without a spilled register; by that alone, not by time: no GPU has run them yet.
+    About the largest that compile for sm_90 without spilling registers; by that alone, not by time: no GPU ran them.
     The gradient of more than 256 channels is taken 256 at a time, each with its own cosines.
     """
     wide = max(16, triton.next_power_of_2(dim))
