@@ -6,7 +6,7 @@
 As in `benchmarks.head`: one thread, process CPU time (wall time on a GPU), contestants interleaved, medians; a step is
 losses, gradient to the features and the update of the prototypes, with labels at feature size. "ours, 1,000 drawn" is
 `contrast_negatives=1000`, another loss. The peak is what one step adds to the resident size, each in a process of its
-own that has stepped nothing before. The release, whose tables grow as pixels by prototypes, stops at `--release-gb`.
+own that has stepped four pixels before. The release, whose tables grow as pixels by prototypes, stops at `--release-gb`.
 """
 
 from __future__ import annotations
