@@ -16,6 +16,7 @@ precisions keep is to be taken from `--model`.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import glob
 import json
 import statistics
@@ -129,7 +130,7 @@ def share(labels: Tensor, expected: Tensor) -> float:
 
 
 def peak(shape: Shape, name: str, device: str) -> float:
-    """MB that one answer adds at its peak in this process, the second time it is asked."""
+    """MB that one answer adds at its peak in this process, on a heap that keeps nothing of what went before."""
     steps, _ = contestants(shape, device)
     step = steps[name]
     step()
@@ -138,6 +139,7 @@ def peak(shape: Shape, name: str, device: str) -> float:
         allocated = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - allocated) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step()
