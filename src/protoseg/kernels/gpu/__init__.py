@@ -41,10 +41,12 @@ def way(device: torch.device, dtype: torch.dtype) -> str | None:
     Raises:
         ValueError: PROTOSEG_TRITON is none of `CHOICES`.
     """
+    if torch.compiler.is_compiling():
+        return None
     asked = os.environ.get(VARIABLE, "auto")
     if asked not in CHOICES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, given {asked!r}")
-    if asked == "off" or dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+    if asked == "off" or dtype not in (torch.float32, torch.float64):
         return None
     if not (device.type == "cuda" or interpreted()) or not at_hand(device):
         return None
