@@ -6,7 +6,7 @@
 As in `benchmarks.head`: one thread, process CPU time (wall time on a GPU), contestants interleaved, medians; a step is
 losses, gradient to the features and the update of the prototypes, with labels at feature size. "ours, 1,000 drawn" is
 `contrast_negatives=1000`, another loss. The peak is what one step adds to the resident size, each in a process of its
-own that has stepped four pixels before. The release, whose tables grow as pixels by prototypes, stops at `--release-gb`.
+own that has stepped four pixels before. The release, whose tables are pixels by prototypes, stops at `--release-gb`.
 """
 
 from __future__ import annotations
@@ -186,14 +186,21 @@ def line(plot: Any, name: str, values: list[int], measured: list[dict[str, float
 
 
 def name_lines(plot: Any, ends: dict[str, tuple[float, float]]) -> None:
-    """Write each name to the right of its line's end, pushed up where two would meet."""
-    below: dict[float, float] = {}
+    """Write each name at its line's end: to the right, pushed up where two would meet; above a line that ends early."""
+    last = max(x for x, _ in ends.values())
+    below = float("-inf")
     for name, end in sorted(ends.items(), key=lambda item: item[1][1]):
+        style: dict[str, Any] = {"color": COLOURS[name], "fontsize": 9.5}
+        style["fontweight"] = "bold" if name == OURS else "normal"
         x, y = plot.transData.transform(end)
-        y = below[x] = max(y, below.get(x, float("-inf")) + 17)  # pixels at the figure's own resolution
-        place = plot.transData.inverted().transform((x + 9, y))
-        bold = "bold" if name == OURS else "normal"
-        plot.text(*place, name, color=COLOURS[name], va="center", fontsize=9.5, fontweight=bold)
+        if end[0] < last:
+            x, y = x - 8, y + 6
+            style |= {"ha": "right", "va": "bottom"}
+        else:
+            x, y = x + 9, max(y, below + 17)  # pixels at the figure's own resolution
+            below = y
+            style |= {"ha": "left", "va": "center"}
+        plot.text(*plot.transData.inverted().transform((x, y)), name, **style)
 
 
 def main() -> None:
