@@ -188,6 +188,31 @@ def test_one_pass_over_a_network_takes_the_short_way_to_the_same_labels(monkeypa
         assert torch.equal(found[clear].long(), top.indices[0][clear])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["default", "reference"])  # half-pixel and aligned corners
+def test_a_network_resized_strip_by_strip_is_the_network(monkeypatch, preset):
+    monkeypatch.setattr("protoseg.engine.windows.STRIP_NUMBERS", 5 * 70 * 7)  # seven rows at a time
+    torch.manual_seed(0)
+    model = build(Model(network="tiny"), Head(preset=preset, num_prototypes=2, embed_dim=None), 5).eval()
+
+    class Plain(nn.Module):
+        def forward(self, images):
+            return model(images)
+
+    image = picture(45, 70)
+    for evaluation in [
+        Evaluation(),
+        Evaluation(flip=True),
+        Evaluation(scales=(1.0, 0.7), flip=True),
+        Evaluation(mode="slide", window=(33, 37), stride=(20, 21), flip=True),
+    ]:
+        expected = segment(Plain(), image, evaluation)
+        assert_close(segment(model, image, evaluation), expected, atol=1e-6, rtol=0)
+        labels, sure = segment_labels(model, image, evaluation, confidence=True)
+        assert_close(sure, expected.amax(0), atol=1e-6, rtol=0)
+        assert_close(expected.gather(0, labels[None])[0], expected.amax(0), atol=1e-6, rtol=0)
+
+
 NIGHTLY = """
 import resource, torch
 from protoseg.config import Evaluation, Head, Model

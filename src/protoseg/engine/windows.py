@@ -8,6 +8,7 @@ without ever storing that table at full size.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -27,6 +28,30 @@ class Network(Protocol):
     """Anything that maps (B, 3, H, W) images to (B, C, H, W) logits, e.g. `models.segmenter.Segmenter`."""
 
     def __call__(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The logits of one crop. A `Segmenter`'s are resized when rows are asked for: the whole table is never there.
+
+    Attributes:
+        scores: (C, h, w).
+        resized: (height, width) they are to be resized to; at least `size`, what is beyond it is cut off.
+        size: of the crop.
+        align_corners: of the resize.
+        mirrored: whether the crop was, left to right.
+    """
+
+    scores: Tensor
+    resized: Size
+    size: Size
+    align_corners: bool = False
+    mirrored: bool = False
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        """(C, bottom - top, width) logits, float32."""
+        rows = _resized_rows(self.scores.float(), self.resized, top, bottom, self.align_corners)[:, :, : self.size[1]]
+        return rows.flip(-1) if self.mirrored else rows
 
 
 def check(evaluation: Evaluation) -> None:
@@ -158,10 +183,10 @@ def _averaged(model: Network, image: Tensor, evaluation: Evaluation, batch: int)
     height, width = _image_size(image)
     boxes = [(row, column, row + deep, column + long) for row in rows for column in columns]
     total: Tensor | None = None
-    for (top, left, bottom, right), logits in _windows(model, image, boxes, evaluation.flip, batch):
+    for (top, left, bottom, right), answers in _windows(model, image, boxes, evaluation.flip, batch):
         if total is None:
-            total = _table(logits, height, width)
-        _add_probabilities(total[:, top:bottom, left:right], logits)
+            total = _table(answers, height, width)
+        _add_probabilities(total[:, top:bottom, left:right], answers)
     assert total is not None, "an image has at least one window"
     weight = _coverage(rows, deep, height)[:, None] * _coverage(columns, long, width)
     return total.div_(weight.to(total))
@@ -191,12 +216,12 @@ def _swept(model: Network, image: Tensor, evaluation: Evaluation, batch: int) ->
         for column, next_column in zip(columns, [*columns[1:], short]):
             tile: Tensor | None = None  # C, bottom - top, long
             for row in group:
-                _, logits = next(windows)
+                _, answers = next(windows)
                 if tile is None:
-                    tile = _table(logits, bottom - top, long)
+                    tile = _table(answers, bottom - top, long)
                 part = tile[:, row - top : row - top + deep]
-                _add_probabilities(part.transpose(1, 2) if turned else part, logits)
-                del logits, part  # the network runs next: hold nothing meanwhile that is done with
+                _add_probabilities(part.transpose(1, 2) if turned else part, answers)
+                del answers, part  # the network runs next: hold nothing meanwhile that is done with
             assert tile is not None
             if ahead is not None:
                 tile[:, :, : ahead.shape[2]] += ahead
@@ -255,32 +280,42 @@ def _coverage(starts: list[int], length: int, side: int) -> Tensor:
 
 def _windows(
     model: Network, image: Tensor, boxes: list[Box], flip: bool, batch: int
-) -> Iterator[tuple[Box, list[Tensor]]]:
+) -> Iterator[tuple[Box, list[Answer]]]:
     """(box, its answers) for each box, in order; all boxes have one size.
 
-    The answers are one (C, h, w) table of logits, and with `flip` a second one from the mirrored crop, mirrored back.
+    The answers are one, and with `flip` a second one from the mirrored crop.
     """
     for start in range(0, len(boxes), batch):
         part = boxes[start : start + batch]
         crops = torch.stack([image[:, top:bottom, left:right] for top, left, bottom, right in part]).to(_device(model))
-        passes = [list(model(crops))]
+        passes = [_answers(model, crops)]
         if flip:
-            passes.append(list(model(crops.flip(-1)).flip(-1)))
+            passes.append(_answers(model, crops.flip(-1), mirrored=True))
         for box in part:
-            yield box, [logits.pop(0) for logits in passes]  # nothing here keeps a table alive
+            yield box, [answers.pop(0) for answers in passes]  # nothing here keeps an answer alive
 
 
-def _table(logits: list[Tensor], height: int, width: int) -> Tensor:
-    return torch.zeros(len(logits[0]), height, width, device=logits[0].device)
+def _answers(model: Network, crops: Tensor, mirrored: bool = False) -> list[Answer]:
+    size = _image_size(crops)
+    if isinstance(model, Segmenter):
+        scores, resized = model.coarse(crops)
+        return [Answer(table, resized, size, model.head.align_corners, mirrored) for table in scores]
+    return [Answer(table, size, size, mirrored=mirrored) for table in model(crops)]
 
 
-def _add_probabilities(total: Tensor, logits: list[Tensor]) -> None:
-    """Add the mean of the softmaxes of (C, h, w) tables to `total`, some rows at a time: no second table is made."""
+def _table(answers: list[Answer], height: int, width: int) -> Tensor:
+    scores = answers[0].scores
+    return torch.zeros(len(scores), height, width, device=scores.device)
+
+
+def _add_probabilities(total: Tensor, answers: list[Answer]) -> None:
+    """Add the mean of the softmaxes of the answers to (C, h, w) `total`, some rows at a time: no second table."""
     rows = max(1, STRIP_NUMBERS // (len(total) * total.shape[2]))
     for top in range(0, total.shape[1], rows):
-        for table in logits:
-            strip = table[:, top : top + rows].float().softmax(0)
-            total[:, top : top + rows] += strip if len(logits) == 1 else strip.div_(len(logits))
+        bottom = min(top + rows, total.shape[1])
+        for answer in answers:
+            strip = answer.rows(top, bottom).softmax(0)
+            total[:, top:bottom] += strip if len(answers) == 1 else strip.div_(len(answers))
 
 
 def _resize(probabilities: Tensor, size: Size) -> Tensor:
@@ -289,18 +324,19 @@ def _resize(probabilities: Tensor, size: Size) -> Tensor:
     return F.interpolate(probabilities[None], size, mode="bilinear", align_corners=False)[0]
 
 
-def _resized_rows(probabilities: Tensor, size: Size, top: int, bottom: int) -> Tensor:
-    """Rows top to bottom of `_resize(probabilities, size)`, computed alone."""
-    height = probabilities.shape[1]
-    if probabilities.shape[-2:] == size:
-        return probabilities[:, top:bottom]
-    position = (torch.arange(top, bottom, dtype=torch.float64) + 0.5) * height / size[0] - 0.5
-    position = position.clamp(0, height - 1).to(probabilities.device)
+def _resized_rows(table: Tensor, size: Size, top: int, bottom: int, align_corners: bool = False) -> Tensor:
+    """Rows top to bottom of the bilinear resize of a (C, h, w) table to `size`, computed alone."""
+    height = table.shape[1]
+    if table.shape[-2:] == size:
+        return table[:, top:bottom]
+    row = torch.arange(top, bottom, dtype=torch.float64)
+    position = row * ((height - 1) / max(size[0] - 1, 1)) if align_corners else (row + 0.5) * height / size[0] - 0.5
+    position = position.clamp(0, height - 1).to(table.device)
     above = position.floor().long()
     share = (position - above).float()[:, None]
     below = (above + 1).clamp(max=height - 1)
-    rows = probabilities[:, above].mul_(1 - share).add_(probabilities[:, below] * share)  # C, bottom - top, w
-    return F.interpolate(rows[None], (bottom - top, size[1]), mode="bilinear", align_corners=False)[0]
+    rows = table[:, above].mul_(1 - share).add_(table[:, below] * share)  # C, bottom - top, w
+    return F.interpolate(rows[None], (bottom - top, size[1]), mode="bilinear", align_corners=align_corners)[0]
 
 
 def _unit(image: Tensor) -> Tensor:

@@ -75,13 +75,15 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) RGB, uint8 or float in [0, 1], any H and W -> (B, C, H, W) class scores."""
         H, W = images.shape[-2:]
-        padded = self._prepare(images)
-        scores = self.head(self.decoder(self.backbone(padded)))
-        if scores.shape[-2:] != padded.shape[-2:]:
-            scores = F.interpolate(
-                scores, size=padded.shape[-2:], mode="bilinear", align_corners=self.head.align_corners
-            )
+        scores, size = self.coarse(images)
+        if scores.shape[-2:] != size:
+            scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=self.head.align_corners)
         return scores[..., :H, :W]
+
+    def coarse(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """`forward` before the resize: (B, C, h, w) class scores, and the padded (height, width) they go to."""
+        padded = self._prepare(images)
+        return self.head(self.decoder(self.backbone(padded))), (padded.shape[-2], padded.shape[-1])
 
     @torch.no_grad()
     def labels(self, images: Tensor, *, dtype: torch.dtype = torch.int64) -> Tensor:
