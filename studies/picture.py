@@ -3,7 +3,8 @@
     python studies/picture.py runs/camvid-heads CAMVID docs/evidence.png [--classes Building Tree Car] [--images 40]
 
 The upper part is the study's own plot. Below, for classes of `default/seed0`, the test patches most similar to each
-prototype, at most one per frame, with the share of the class's predicted pixels that chose it.
+prototype, at most one per frame, with the share of the class's predicted pixels that chose it; those with less than one
+percent are left out.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from protoseg.data.dataset import SegmentationDataset
 from protoseg.data.transforms import resize_image
 from protoseg.engine.drawing import shades, stacked
 from protoseg.engine.looks import find_looks
-from protoseg.tasks.demo import patch
 from protoseg.tasks.prediction import load
 
-SIDE, GAP, LABEL = 84, 6, 150
+SIDE, GAP, LABEL = 128, 8, 120  # of a patch as drawn, between patches, of the class's name
+HALF = 28  # of a patch in the picture, in pixels
+MOST = 7  # prototypes of a class
 
 
 def gallery(run: Path, data: Path, classes: list[str], images: int, patches: int = 2) -> Image.Image:
@@ -34,24 +36,26 @@ def gallery(run: Path, data: Path, classes: list[str], images: int, patches: int
     pictures = [dataset[i]["image"] for i in range(0, len(dataset), step)]
     small = [resize_image(picture, predictor._sizes) for picture in pictures]
     scale = pictures[0].shape[1] / small[0].shape[1]
-    looks = find_looks(predictor.segmenter, small, count=patches, margin=round(36 / scale))
+    looks = find_looks(predictor.segmenter, small, count=patches, margin=round((HALF + 2) / scale))
     K = predictor.segmenter.head.prototypes.shape[1]
     font = ImageFont.load_default(size=15)
     rows = []
     for name in classes:
         c = predictor.names.index(name)
-        row = Image.new("RGB", (LABEL + K * (SIDE + GAP), patches * (SIDE + 2) + 30), "white")
+        row = Image.new("RGB", (LABEL + MOST * (SIDE + GAP), patches * (SIDE + 2) + 30), "white")
         draw = ImageDraw.Draw(row)
         draw.text((8, 8), name, fill="black", font=ImageFont.load_default(size=19))
-        order = sorted(range(K), key=lambda k: -float(looks.share[c, k].nan_to_num()))
-        for place, k in enumerate(order):
+        share = looks.share[c].nan_to_num()
+        order = [k for k in share.argsort(descending=True).tolist() if share[k] >= 0.01]
+        for place, k in enumerate(order[:MOST]):
             left = LABEL + place * (SIDE + GAP)
             draw.rectangle((left, 0, left + SIDE - 1, 5), fill=shades(predictor.palette[c], K)[k])
             for i, spot in enumerate(looks.places[c][k]):
-                cut = patch(pictures[spot.image], round(spot.row * scale), round(spot.column * scale))
-                row.paste(cut.resize((SIDE, SIDE)), (left, 8 + i * (SIDE + 2)))
-            share = f"{100 * float(looks.share[c, k].nan_to_num()):.0f} %"
-            draw.text((left + 2, row.height - 21), share, fill="#555", font=font)
+                y, x = round(spot.row * scale), round(spot.column * scale)
+                cut = pictures[spot.image][:, y - HALF : y + HALF, x - HALF : x + HALF].permute(1, 2, 0)
+                picture = Image.fromarray(cut.contiguous().numpy())
+                row.paste(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, 8 + i * (SIDE + 2)))
+            draw.text((left + 2, row.height - 21), f"{100 * float(share[k]):.0f} %", fill="#555", font=font)
         rows.append(row)
     return stacked(rows)
 
