@@ -33,6 +33,7 @@ from protoseg.tasks.training import train
 
 MARK = ".protoseg-demo"  # a folder that holds it is an earlier demo, and may be replaced
 HEADS: dict[str, HeadName] = {"softmax": "softmax_projected", "prototypes": "prototype"}
+MOMENTUM = 0.99  # so short a run is over before prototypes that move by 0.999 have reached the looks
 PATCH = 14  # half the side of a patch around a typical place, in pixels
 SHOWN = 6  # landscapes on the page
 
@@ -65,7 +66,7 @@ def demo(
         recipe = Recipe(
             data=data,
             model=Model(network="tiny"),
-            head=Head(kind=kind, num_prototypes=num_prototypes, embed_dim=64),
+            head=Head(kind=kind, num_prototypes=num_prototypes, embed_dim=64, momentum=MOMENTUM),
             optim=Optim(lr=1e-2, warmup_steps=min(20, steps // 5)),
             evaluation=Evaluation(boundary=True),
             steps=steps,
