@@ -1,14 +1,12 @@
 """Any number of ranks computes what one process computes on the concatenated batch, in float64 over gloo."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import rank_processes
 from distributed_worker import IMAGES, STEPS, VARIANTS, VOID, Net, global_batch, train
 from heads import reference_weights
 from oracles import reference
@@ -21,27 +19,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 def folder(request, tmp_path_factory):
     """Where the ranks, one process each, have left what they saw; once without the operators that a compiler makes."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PROTOSEG_NATIVE": request.param}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # stays on this machine, whatever its host name resolves to
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(max(IMAGES))
-    ]
-    try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    rank_processes.run(WORKER, folder, max(IMAGES), 180, PROTOSEG_NATIVE=request.param)
     return folder
 
 

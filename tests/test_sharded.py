@@ -1,14 +1,12 @@
 """Classes over ranks compute what the unsharded head computes in one process, in float64 over gloo."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import rank_processes
 from protoseg.method.head import PrototypeHead
 from protoseg.method.sharded import ShardedPrototypeHead
 from sharded_worker import CLASSES, IMAGES, STEPS, VARIANTS, alone, gradients
@@ -20,27 +18,7 @@ EXACT = {"rtol": 0, "atol": 1e-12}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # stays on this machine, whatever its host name resolves to
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(max(IMAGES))
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    rank_processes.run(WORKER, folder, max(IMAGES), 600)
     return folder
 
 

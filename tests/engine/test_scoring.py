@@ -1,13 +1,13 @@
 """One path from a model and a split to scores."""
 
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import rank_processes
 import scoring_worker
 from protoseg.config import DataError, Evaluation
 from protoseg.engine.metrics import BoundaryIoU, ConfusionMatrix
@@ -80,15 +80,7 @@ def test_a_wrong_label_names_its_image_and_modes_come_back():
 @pytest.fixture(scope="module")
 def ranks_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scores")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, scoring_worker.__file__]
-    processes = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(3)]
-    try:
-        assert [process.wait(timeout=180) for process in processes] == [0, 0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    rank_processes.run(Path(scoring_worker.__file__), folder, 3, 180)
     return folder
 
 

@@ -3,7 +3,6 @@ import torch
 from torch.testing import assert_close
 
 from heads import batch, build, seeded
-from protoseg.kernels import clustering_cpu
 from protoseg.method.head import PrototypeHead
 from protoseg.method.losses import Losses
 
@@ -45,13 +44,8 @@ def clustering_and_update(head):
     return step
 
 
-@pytest.mark.parametrize("way", ["C", "PyTorch"])
-def test_clustering_and_update_are_one_graph_and_move_what_they_move_without_a_compiler(way, monkeypatch):
+def test_clustering_and_update_are_one_graph_and_move_what_they_move_without_a_compiler(way):
     torch._dynamo.reset()
-    if way == "PyTorch":
-        monkeypatch.setattr(clustering_cpu, "takes", lambda *tensors: False)
-    elif not clustering_cpu.available():
-        pytest.skip("no C compiler")
     named = {"num_prototypes": 3, "projection": "none", "momentum_rule": "count_aware", "reseed_after": 1}
     head, twin = (build(6, 4, **named) for _ in range(2))
     compiled = torch.compile(clustering_and_update(head), backend="aot_eager", fullgraph=True)

@@ -28,15 +28,6 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(params=["C", "PyTorch"])
-def way(request, monkeypatch):
-    if request.param == "PyTorch":
-        monkeypatch.setattr(clustering_cpu, "takes", lambda *tensors: False)
-    elif not clustering_cpu.available():
-        pytest.skip("no C compiler")
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def labels_are_not_looked_at(monkeypatch):
     monkeypatch.setattr("protoseg.method.head.check_labels", lambda *_: None)  # they are on the CPU only

@@ -141,33 +141,39 @@ class _Rounds(NamedTuple):
 def _rounds(own: Tensor, classes: Tensor, num_classes: int, kappa: float, iterations: int, total: Reduction) -> _Rounds:
     kernel = (own * (1 / kappa)).exp_()
     K = own.shape[1]
+    ordered = None
     if gpu.way(own.device, own.dtype) is not None:
         from protoseg.kernels.gpu import segments as triton
 
         pixels = triton.grouped(classes, num_classes)
         table = torch.cat([triton.masses(own, pixels, None, kappa), pixels.counts[:, None].to(own.dtype)], 1)
-        table = total(table)
-        sums, counts = table[:, :K], table[:, K]
-        for _ in range(iterations - 1):
-            sums = total(triton.masses(own, pixels, _factors(sums), kappa))
-        return _Rounds(kernel, None, sums, counts)
-    if clustering_cpu.takes(kernel):
-        *ordered, table = torch.ops.protoseg.first_sums(kernel, classes, num_classes)
-        table = total(table)  # C K+1
-        sums, counts = table[:, :K], table[:, K]
-        for _ in range(iterations - 1):
-            sums = total(torch.ops.protoseg.next_sums(ordered[0], ordered[2], sums))
-        return _Rounds(kernel, (ordered[0], ordered[1], ordered[2]), sums, counts)
-    kernel = kernel.contiguous()
-    mine = classes.clamp(min=0)
-    segments = torch.where(classes < 0, num_classes, classes)  # no class: the last row, dropped
-    table = own.new_zeros(num_classes + 1, K + 1).index_add_(0, segments, F.pad(kernel, (0, 1), value=1.0))
-    table = total(table[:-1])  # C K+1
+
+        def again(sums: Tensor) -> Tensor:
+            return triton.masses(own, pixels, _factors(sums), kappa)
+
+    elif clustering_cpu.takes(kernel):
+        values, order, starts, table = torch.ops.protoseg.first_sums(kernel, classes, num_classes)
+        ordered = (values, order, starts)
+
+        def again(sums: Tensor) -> Tensor:
+            return torch.ops.protoseg.next_sums(values, starts, sums)
+
+    else:
+        kernel = kernel.contiguous()
+        mine = classes.clamp(min=0)
+        segments = torch.where(classes < 0, num_classes, classes)  # no class: the last row, dropped
+        counted = F.pad(kernel, (0, 1), value=1.0)
+        table = own.new_zeros(num_classes + 1, K + 1).index_add_(0, segments, counted)[:-1]
+
+        def again(sums: Tensor) -> Tensor:
+            mass = kernel / (kernel * _factors(sums).index_select(0, mine)).sum(1, keepdim=True)
+            return own.new_zeros(num_classes + 1, K).index_add_(0, segments, mass)[:-1]
+
+    table = total(table)  # C K+1
     sums, counts = table[:, :K], table[:, K]
     for _ in range(iterations - 1):
-        mass = kernel / (kernel * _factors(sums).index_select(0, mine)).sum(1, keepdim=True)
-        sums = total(own.new_zeros(num_classes + 1, K).index_add_(0, segments, mass)[:-1])
-    return _Rounds(kernel, None, sums, counts)
+        sums = total(again(sums))
+    return _Rounds(kernel, ordered, sums, counts)
 
 
 def _factors(sums: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from protoseg.method.similarity import unit
 
 Start = Literal["nested", "random", "data", "truncated_normal"]
 MomentumRule = Literal["constant", "bias_corrected", "count_aware"]
+NESTED = 0.8  # cosine of a nested prototype with its class's direction; 0.64 with its siblings
 USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
 DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
 CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
@@ -38,9 +39,6 @@ class Memory(NamedTuple):
     length: Tensor
     usage: Tensor
     idle: Tensor
-
-
-NESTED = 0.8  # cosine of a nested prototype with its class's direction; 0.64 with its siblings
 
 
 def starting_vectors(num_classes: int, num_prototypes: int, dim: int, start: Start = "random") -> Tensor:
