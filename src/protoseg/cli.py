@@ -274,6 +274,9 @@ def predict_options(parser: Parser) -> None:
         "--void_below", type=float, default=0.0, help="write pixels of a less probable class as void (255)"
     )
     parser.add_argument(
+        "--keep_surest", type=float, default=1.0, help="write all but this surest share of each class's pixels as void"
+    )
+    parser.add_argument(
         "--submission_format",
         type=Literal["", "ade20k", "cityscapes"],
         default="",
@@ -289,8 +292,8 @@ def predict(settings: Any) -> int:
     from protoseg.tasks.prediction import predict
 
     names = [
-        *("out", "overlay", "confidence", "evaluation", "void_below", "submission_format"),
-        *("overwrite", "exif", "device"),
+        *("out", "overlay", "confidence", "evaluation", "void_below", "keep_surest"),
+        *("submission_format", "overwrite", "exif", "device"),
     ]
     return predict(settings.model, settings.images, **{name: settings[name] for name in names}).exit_code
 

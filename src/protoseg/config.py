@@ -53,8 +53,10 @@ class Data:
         file: the small YAML that describes a `folder` set (default: `<root>/dataset.yaml`).
         train_split, val_split, test_split: names of the splits as the data set calls them.
         predicted: folder of predicted masks to train on beside the labelled ones (self-training), as `protoseg predict
-            --void_below` writes them; empty: none.
+            --keep_surest` writes them; empty: none.
         predicted_split: the split whose images they belong to.
+        labelled_repeats: how often in an epoch an image with a mask of its own comes for each time one with a
+            predicted mask does, so that few true masks do not drown in many guessed ones.
         base_size: short side in pixels every image is resized to before augmentation and before evaluation
             (aspect kept); `None` keeps the original size. Metrics are always at the original label size.
         max_long_side: upper bound of the long side after `base_size`.
@@ -81,6 +83,7 @@ class Data:
     test_split: str = "test"
     predicted: str = ""
     predicted_split: str = "rest"
+    labelled_repeats: int = 1
     base_size: int | None = None
     max_long_side: int | None = None
     crop_size: tuple[int, int] = (512, 512)

@@ -238,6 +238,9 @@ def test_predicted_masks_stand_beside_the_labelled_ones(tmp_path):
     assert source.masks[2] == tmp_path / "predicted" / "c.png"
     assert set(np.unique(SegmentationDataset(source)[2]["label"])) <= {0, 1, 255}
     assert catalog.find_training(replace(data, predicted="")).stems == ("a", "b")
+    repeated = catalog.find_training(replace(data, labelled_repeats=3))
+    assert repeated.stems == ("a", "b") * 3 + ("c", "e")
+    assert [mask.stem for mask in repeated.masks] == [image.stem for image in repeated.images] == list(repeated.stems)
 
 
 def test_predicted_masks_that_cannot_be_meant_are_refused(tmp_path):
@@ -247,6 +250,9 @@ def test_predicted_masks_that_cannot_be_meant_are_refused(tmp_path):
         catalog.find_training(replace(data, predicted_split="train"))
     with pytest.raises(DataError, match=r"no NAME.png for any of the 3 images"):
         catalog.find_training(replace(data, predicted=str(tmp_path)))
+    for wrong in (replace(data, labelled_repeats=0), replace(data, predicted="", labelled_repeats=2)):
+        with pytest.raises(DataError, match=r"labelled_repeats is .; expected 1, or more beside"):
+            catalog.find_training(wrong)
     (tmp_path / "dataset.yaml").write_text(
         "train: {images: images, masks: masks}\nrest: {images: more/images}\n"
         "classes: [x, y]\nlabel_map: {0: 1, 1: 0}\nignore: [255]\n"

@@ -271,7 +271,36 @@ def test_what_the_model_is_not_sure_of_becomes_void(model, photos, tmp_path):
     assert np.array_equal(labels, np.where(sure.confidence < level, 255, sure.labels))
     assert 0 < (labels == 255).mean() < 1
     assert not (tmp_path / "out" / "confidence").exists()
-    with pytest.raises(UserError, match="void_below is a probability"):
+    with pytest.raises(UserError, match=r"are shares of 1; given 1\.5"):
         predict(model, [photos / "a.png"], tmp_path / "other", void_below=1.5)
     with pytest.raises(DataError, match="another image, model or settings"):
         raise DataError(predict(model, [photos / "a.png"], tmp_path / "out", void_below=level / 2).failed[0][1])
+
+
+def test_every_class_keeps_its_surest_share_over_all_images(model, photos, tmp_path):
+    share = 0.4
+    files = [photos / "a.png", photos / "b.png"]
+    found = [load(model).predict(file, confidence=True) for file in files]
+    labels = np.concatenate([result.labels.ravel() for result in found])
+    sure = np.concatenate([result.confidence.ravel() for result in found])
+    predict(model, files, tmp_path / "out", keep_surest=share)
+    kept = np.concatenate([read(tmp_path / "out" / "labels" / file.name).ravel() for file in files])
+    assert ((kept == labels) | (kept == 255)).all()
+    for c in np.unique(labels):
+        mine = labels == c
+        level = np.floor(np.quantile(sure[mine], 1 - share, method="lower") * 1000) / 1000
+        assert np.array_equal(kept[mine] == c, sure[mine] >= level)
+        assert (kept[mine] == c).mean() >= share
+    assert len(np.unique(labels)) > 1
+    assert 0 < (kept == 255).mean() < 1
+    with pytest.raises(UserError, match="are shares of 1"):
+        predict(model, files, tmp_path / "other", keep_surest=0.0)
+    with pytest.raises(DataError, match="another image, model or settings"):  # the other image changes the thresholds
+        raise DataError(predict(model, files[:1], tmp_path / "out", keep_surest=share).failed[0][1])
+
+
+def test_an_unreadable_image_does_not_keep_the_others_from_their_thresholds(model, photos, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    outcome = predict(model, [photos / "a.png", tmp_path / "broken.png"], tmp_path / "out", keep_surest=0.5)
+    assert [file.stem for file in outcome.written] == ["a"]
+    assert [file.name for file, _ in outcome.failed] == ["broken.png"]

@@ -77,12 +77,16 @@ def find_training(data: Data) -> Source:
     """The pairs to train on: `data.train_split`, and the images of `data.predicted_split` with predicted masks.
 
     The masks are `data.predicted`, a folder of PNGs with class ids and void, as `protoseg predict` writes them. Images
-    without one are left out.
+    without one are left out; those of `data.train_split` come `data.labelled_repeats` times.
 
     Raises:
-        DataError: as `find`; no predicted mask fits; or the set's own masks hold other ids than a prediction does.
+        DataError: as `find`; no predicted mask fits; repeats below 1 or without predictions; or the set's own masks
+            hold other ids than a prediction does.
     """
     source = find(data, data.train_split)
+    times = data.labelled_repeats
+    if times < 1 or (times > 1 and not data.predicted):
+        raise DataError(f"data.labelled_repeats is {times}; expected 1, or more beside data.predicted")
     if not data.predicted:
         return source
     labels = source.labels
@@ -98,7 +102,7 @@ def find_training(data: Data) -> Source:
     if not there:
         raise DataError(
             f"{folder_}: no NAME.png for any of the {len(rest)} images of {data.name}/{data.predicted_split}; make "
-            "them with `protoseg predict RUN IMAGES --out FOLDER --void_below 0.9` and give FOLDER/labels"
+            "them with `protoseg predict RUN IMAGES --out FOLDER --keep_surest 0.5` and give FOLDER/labels"
         )
     if both := sorted(set(source.stems) & {rest.stems[i] for i in there}):
         raise DataError(
@@ -107,9 +111,9 @@ def find_training(data: Data) -> Source:
         )
     return replace(
         source,
-        stems=source.stems + tuple(rest.stems[i] for i in there),
-        images=source.images + tuple(rest.images[i] for i in there),
-        masks=source.masks + tuple(masks[i] for i in there),
+        stems=source.stems * times + tuple(rest.stems[i] for i in there),
+        images=source.images * times + tuple(rest.images[i] for i in there),
+        masks=source.masks * times + tuple(masks[i] for i in there),
     )
 
 

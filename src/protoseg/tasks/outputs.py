@@ -121,14 +121,14 @@ def is_done(target: Target, origin: str, overlay: bool, confidence: bool, overwr
     return (not overlay or target.overlay.exists()) and (not confidence or target.confidence.exists())
 
 
-def fingerprint(folder: Path, evaluation: Evaluation, submission_format: str, exif: bool, void_below: float) -> str:
+def fingerprint(folder: Path, evaluation: Evaluation, submission_format: str, exif: bool, levels: list[float]) -> str:
     """A digest of the model's files and of everything that changes labels."""
     digest = hashlib.sha256()
     for name in (saving.WEIGHTS, saving.CONFIG):
         with open(folder / name, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    digest.update(repr((dataclasses.asdict(evaluation), submission_format, exif, void_below)).encode())
+    digest.update(repr((dataclasses.asdict(evaluation), submission_format, exif, levels)).encode())
     return digest.hexdigest()[:16]
 
 

@@ -12,6 +12,7 @@ stopped, and a file that somebody else put there is never overwritten.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ from protoseg.tasks.saved import choose_device, model_folder, recorded_evaluatio
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Submission = Literal["", "ade20k", "cityscapes"]
+LEVELS = 1000  # steps in which `keep_surest` finds a class's threshold
 LARGEST_TABLE = 2**27  # class probabilities of one image held at once (512 MB); larger ones are segmented in windows
 
 
@@ -214,6 +216,7 @@ def predict(
     confidence: bool = False,
     evaluation: Evaluation | None = None,
     void_below: float = 0.0,
+    keep_surest: float = 1.0,
     submission_format: Submission = "",
     overwrite: bool = False,
     exif: bool = False,
@@ -230,6 +233,9 @@ def predict(
         evaluation: whole image or windows; default: as the model was validated.
         void_below: pixels whose class is less probable than this are written as void (255, or 65535 where 255 is a
             class), so that sure predictions can be trained on: `data.predicted`.
+        keep_surest: share of every class's pixels, over all images, that is kept; the less sure ones are written as
+            void. Each class so gets a threshold of its own, and rare classes, seldom sure, stay in the masks
+            (class-balanced self-training, Zou et al., ECCV 2018). Below 1, every image is segmented twice.
         submission_format: the ids a benchmark server wants: `ade20k` (id + 1) or `cityscapes` (labelIds).
         overwrite: do again what is there already.
         exif: turn images upright as their EXIF orientation says.
@@ -242,9 +248,14 @@ def predict(
     jobs = plan(images, Path(out))
     predictor = load(model, device=device, evaluation=evaluation)
     encode = submission_encoder(submission_format, predictor.names)
-    if not 0 <= void_below <= 1 or (void_below and submission_format):
-        raise UserError(f"void_below is a probability, and 0 for a server's ids; given {void_below}")
-    made_from = fingerprint(model_folder(model), predictor.evaluation, submission_format, exif, void_below)
+    if not 0 <= void_below <= 1 or not 0 < keep_surest <= 1:
+        raise UserError(f"void_below and keep_surest are shares of 1; given {void_below} and {keep_surest}")
+    if submission_format and (void_below or keep_surest < 1):
+        raise UserError(f"a server wants every pixel: submission_format {submission_format} goes without void")
+    levels = np.full(len(predictor.names), void_below)
+    if keep_surest < 1:
+        levels = np.maximum(levels, _levels(predictor, [source for source, _ in jobs], keep_surest, exif))
+    made_from = fingerprint(model_folder(model), predictor.evaluation, submission_format, exif, levels.tolist())
 
     written: list[Path] = []
     skipped: list[Path] = []
@@ -255,7 +266,7 @@ def predict(
             if is_done(target, origin, overlay, confidence, overwrite):
                 skipped.append(target.labels)
                 continue
-            result = predictor.predict(source, confidence=confidence or void_below > 0, exif=exif)
+            result = predictor.predict(source, confidence=confidence or bool(levels.any()), exif=exif)
         except DataError as fault:
             failed.append((source, str(fault)))
             continue
@@ -268,7 +279,7 @@ def predict(
         if submission_format:
             picture = Image.fromarray(encode(result.labels))
         else:
-            labels, void = _sure(result, void_below)
+            labels, void = _sure(result, levels)
             picture = index_image(labels, result.palette, ignore_index=void)
         note = PngImagePlugin.PngInfo()
         note.add_text(ORIGIN, origin)
@@ -279,12 +290,34 @@ def predict(
     return outcome
 
 
-def _sure(result: Prediction, void_below: float) -> tuple[np.ndarray, int]:
+def _levels(predictor: Predictor, sources: Sequence[Path], share: float, exif: bool) -> np.ndarray:
+    """(C,) the probability that `share` of the pixels given each class, over all images, reach; 0 for an empty class.
+
+    Counted in steps of a thousandth, so memory does not grow with the images. Unreadable images are left out.
+    """
+    counts = np.zeros((len(predictor.names), LEVELS), dtype=np.int64)
+    for source in counted(sources, len(sources), "looking how sure the model is"):
+        with contextlib.suppress(DataError):  # told when its labels are to be written
+            result = predictor.predict(source, confidence=True, exif=exif)
+            bins = (_confidence(result).astype(np.float64) * LEVELS).astype(np.int64).clip(max=LEVELS - 1)
+            cells = result.labels.astype(np.int64) * LEVELS + bins
+            counts += np.bincount(cells.ravel(), minlength=counts.size).reshape(counts.shape)
+    above = counts[:, ::-1].cumsum(1)[:, ::-1]  # C LEVELS, pixels at least as sure as the bin's lower edge
+    reached = above >= share * counts.sum(1, keepdims=True)
+    return (reached.sum(1) - 1) / LEVELS * (counts.sum(1) > 0)
+
+
+def _sure(result: Prediction, levels: np.ndarray) -> tuple[np.ndarray, int]:
     """Labels with void where the model is not sure, and the id of void; -1 where there is none."""
-    if not void_below or result.confidence is None:
+    if not levels.any():
         return result.labels, -1
     void = 255 if len(result.names) <= 255 else 65535
-    return np.where(result.confidence < void_below, void, result.labels), void
+    return np.where(_confidence(result) < levels[result.labels], void, result.labels), void
+
+
+def _confidence(result: Prediction) -> np.ndarray:
+    assert result.confidence is not None  # asked for
+    return result.confidence
 
 
 def _report(outcome: Outcome, out: Path) -> None:
