@@ -8,7 +8,8 @@ import torch
 
 from protoseg.cli import parse, recipe_of
 from protoseg.models import build
-from protoseg.tasks.training import Machine, check
+from protoseg.tasks.machine import Machine
+from protoseg.tasks.training import check
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CLASSES = {"ade20k": 150, "cityscapes": 19, "coco_stuff_10k": 171, "camvid": 11, "synthetic": 7}

@@ -21,10 +21,10 @@ from protoseg.cli import varied
 from protoseg.config import Head, Study, UserError
 from protoseg.models import saving
 from protoseg.tasks import study as runner
+from protoseg.tasks.run_folder import flat
 from protoseg.tasks.study import study
 from protoseg.tasks.study_cell import read_state, recipe_from, run_cell, split_of
 from protoseg.tasks.study_plan import cells_of, fingerprint, settings_of, variants_of
-from protoseg.tasks.training import flat
 
 RECIPE = """
 data: {name: synthetic, length: 8, crop_size: [32, 48], workers: 0, val_split: ""}

@@ -17,8 +17,9 @@ import yaml
 
 from protoseg.config import Data, DataError, Evaluation, Head, Model, Optim, Recipe, UserError
 from protoseg.models import saving
-from protoseg.tasks import training
-from protoseg.tasks.training import Machine, Stream, train
+from protoseg.tasks import machine, run_folder, training
+from protoseg.tasks.machine import Machine
+from protoseg.tasks.training import Stream, train
 
 STEPS = 8
 
@@ -351,7 +352,7 @@ def test_an_existing_run_is_refused_and_nothing_changes(whole):
 
 def test_a_second_training_in_one_folder_is_refused(tmp_path):
     recipe = small(tmp_path / "run")
-    with training.locked(Path(recipe.out)), pytest.raises(UserError, match="another training"):
+    with run_folder.locked(Path(recipe.out)), pytest.raises(UserError, match="another training"):
         train(replace(recipe, resume="auto"))
 
 
@@ -464,7 +465,7 @@ def test_every_process_knows_its_rank_before_they_meet(variables, rank, monkeypa
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert training.global_rank(2) == rank
+    assert machine.global_rank(2) == rank
 
 
 def test_fewer_devices_accumulate():

@@ -15,7 +15,7 @@ import yaml
 
 from protoseg.config import DatasetName, DecoderName, HeadName, NetworkName, Recipe, UserError
 from protoseg.models import count_parameters, saving
-from protoseg.tasks.training import LAST, flat, version_of
+from protoseg.tasks.run_folder import LAST, flat, version_of
 
 LIBRARIES = (
     "protoseg", "torch", "torchvision", "timm", "segmentation-models-pytorch", "transformers", "lightning",

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from protoseg.config import Recipe, Study, UserError
-from protoseg.tasks import training
+from protoseg.tasks import run_folder, training
 from protoseg.tasks.files import write_whole
 from protoseg.tasks.study_cell import evaluation_file, read_state
 
@@ -23,7 +23,7 @@ Build = Callable[[dict[str, Any]], Recipe]  # dotted settings -> the base recipe
 OURS = ("out", "seed", "resume")  # set by the study itself
 # Say where and how a number is computed, not which: a cell may be continued on another machine. Paths are not compared,
 # what lies there is as far as it is known: whether there are weights, and the text of a data set's description.
-NEUTRAL = tuple(name for name in training.FREE if name not in ("steps", "micro_batch", "evaluation"))
+NEUTRAL = tuple(name for name in run_folder.FREE if name not in ("steps", "micro_batch", "evaluation"))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def cells_of(folder: Path, plan: Study, variants: dict[str, dict[str, Any]], bui
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """What a cell's numbers depend on, flat plain data without paths."""
-    kept = {name: value for name, value in training.flat(dataclasses.asdict(recipe)).items() if name not in NEUTRAL}
+    kept = {name: value for name, value in run_folder.flat(dataclasses.asdict(recipe)).items() if name not in NEUTRAL}
     described = Path(recipe.data.file)
     text = described.read_bytes() if recipe.data.file and described.is_file() else b""
     return {

@@ -1,72 +1,37 @@
-"""`protoseg train`: recipe -> run folder.
-
-    runs/NAME/
-      config.yaml            the recipe, whole; `protoseg train --config` takes it again
-      env.json               versions, machine, global batch, sizes of the data set
-      metrics.csv            losses, learning rate, time per step; validation
-      tensorboard/           the same for TensorBoard
-      checkpoints/last.ckpt  to continue this run, and for nothing else
-      best/                  the model folder with the highest validation mIoU
-      final/                 the model folder of the last step: what tables of test results use
-
-`best/` is chosen on the validation split, so its mIoU there is optimistic; `final/` is chosen by nobody.
-"""
+"""`protoseg train`: from a recipe to a run folder (`run_folder`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import logging
 import os
-import platform
-import shutil
-import subprocess
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 
-from protoseg.config import Data, DataError, Recipe, UserError
+from protoseg.config import Data, Recipe, UserError
 from protoseg.data import catalog, loading, resident, transforms
 from protoseg.data.catalog import Source
 from protoseg.data.dataset import SegmentationDataset
 from protoseg.data.resident import ResidentLoader
 from protoseg.engine import optim, windows
 from protoseg.engine.averaging import WeightAverage
-from protoseg.engine.checkpoints import (
-    AtomicFiles,
-    Checkpoints,
-    Interrupted,
-    StopRequest,
-    forget_signals,
-    read_checkpoint,
-)
+from protoseg.engine.checkpoints import AtomicFiles, Checkpoints, Interrupted, StopRequest, forget_signals
 from protoseg.engine.module import SegmentationModule
 from protoseg.engine.reporting import ProgressBar, Reporter, on_terminal
 from protoseg.engine.validation import Validation
 from protoseg.models import build, saving
-
-LAST = Path("checkpoints", "last.ckpt")
-# What may differ between a run and its continuation. A longer `steps` stretches the schedule from there on,
-# `evaluation` changes later validations; the rest changes no number.
-FREE = (
-    *("steps", "out", "resume", "devices", "nodes", "micro_batch", "accelerator"),
-    *("val_every", "checkpoint_every", "checkpoint_minutes", "log_every", "evaluation"),
-    *("data.root", "data.file", "data.workers", "data.cache", "data.max_pixels"),
-    *("model.pretrained", "model.weights"),
-)
+from protoseg.tasks.machine import Machine
+from protoseg.tasks.run_folder import LAST, check_resume, locked, resume_from, settings_to_keep, start_folder
 
 
 def train(recipe: Recipe) -> Path:
@@ -88,7 +53,7 @@ def train(recipe: Recipe) -> Path:
     check(recipe)
     run = Path(recipe.out)
     checkpoint = resume_from(recipe, first=machine.rank == 0)
-    with locked(run) if machine.rank == 0 else _nothing():
+    with locked(run) if machine.rank == 0 else nullcontext():
         return _train(recipe, run, checkpoint, machine)
 
 
@@ -156,83 +121,10 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
             close(each)
         stop.restore()
     if trainer.is_global_zero:
-        with average.applied(module) if average else _nothing():
+        with average.applied(module) if average else nullcontext():
             saving.save(segmenter, run / "final", {**meta, "step": int(trainer.global_step)})
         print(f"done: {run / 'final'} (last step)" + (f", {run / 'best'} (best on val)" if validation else ""))
     return run
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """Where a run happens.
-
-    Args:
-        accelerator: `cpu` or `gpu`.
-        devices, nodes: processes per machine, machines.
-        rank: of this process. Lightning starts the other processes itself unless torchrun or SLURM has.
-        micro_batch: images per device and forward pass.
-        accumulate: micro-batches per optimiser step.
-    """
-
-    accelerator: str
-    devices: int
-    nodes: int
-    rank: int
-    micro_batch: int
-    accumulate: int
-
-    @property
-    def world(self) -> int:
-        return self.devices * self.nodes
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank's network is."""
-        return torch.device("cpu") if self.accelerator == "cpu" else torch.device("cuda", self.rank % self.devices)
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Machine:
-        """The machine a recipe asks for, refused where it is not there or the global batch does not divide.
-
-        Raises:
-            UserError: no GPU, too few of them, or batch_size != devices * nodes * micro_batch * accumulate.
-        """
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        accelerator = recipe.accelerator if recipe.accelerator != "auto" else ("gpu" if gpus else "cpu")
-        if accelerator == "gpu" and not gpus:
-            raise UserError("accelerator is gpu but torch sees no CUDA device; choose cpu, or check nvidia-smi")
-        devices, nodes = recipe.devices, recipe.nodes
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun decides how many there are
-            devices = int(os.environ["LOCAL_WORLD_SIZE"])
-            nodes = int(os.environ["WORLD_SIZE"]) // devices
-        devices = devices or gpus or 1
-        if devices < 0 or nodes < 1:
-            raise UserError(f"devices {recipe.devices} and nodes {recipe.nodes} must be at least 1 (0 devices: all)")
-        if accelerator == "gpu" and devices > gpus:
-            raise UserError(f"devices is {devices} but torch sees {gpus} GPU(s); lower devices or use more nodes")
-        if recipe.precision == "16-mixed" and accelerator == "cpu":
-            raise UserError("precision 16-mixed needs a GPU; choose bf16-mixed or 32-true")
-        world = devices * nodes
-        micro = recipe.micro_batch or recipe.batch_size // world
-        if micro < 1 or recipe.batch_size < 1 or recipe.batch_size % (micro * world):
-            raise UserError(
-                f"batch_size {recipe.batch_size} is the global batch and must be devices × nodes × micro_batch × a "
-                f"whole number of accumulated micro-batches; given {devices} × {nodes} × {micro}. "
-                "Change batch_size, micro_batch or devices"
-            )
-        return cls(accelerator, devices, nodes, global_rank(devices), micro, recipe.batch_size // (micro * world))
-
-
-def global_rank(devices: int) -> int:
-    """Of this process among all of the run, before they have met; 0 where nobody says.
-
-    torchrun sets RANK and srun SLURM_PROCID; processes that Lightning starts know LOCAL_RANK, and NODE_RANK on several
-    machines.
-    """
-    known = os.environ
-    if "RANK" not in known and ("LOCAL_RANK" in known or "NODE_RANK" in known):
-        return int(known.get("NODE_RANK", 0)) * devices + int(known.get("LOCAL_RANK", 0))
-    return int(rank_zero_only.rank or 0)
 
 
 def check(recipe: Recipe) -> None:
@@ -254,130 +146,6 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"data.workers must not be negative, given {recipe.data.workers}")
     if not recipe.out:
         raise UserError("out is empty; name the run folder, such as --out runs/first")
-
-
-def resume_from(recipe: Recipe, first: bool = True) -> Path | None:
-    """The checkpoint to continue from, None for a new run.
-
-    Args:
-        recipe: `out` and `resume` of it.
-        first: whether this is rank 0; the others come when it has made the folder.
-
-    Raises:
-        UserError: the folder holds a run and `resume` does not say to continue it, or there is no such checkpoint.
-    """
-    run = Path(recipe.out)
-    if recipe.resume == "auto":
-        return run / LAST if (run / LAST).is_file() else None
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file; choose another run folder with --out")
-    if recipe.resume:
-        given = Path(recipe.resume)
-        if not given.is_file():
-            raise UserError(f"{given}: no such checkpoint; --resume takes `auto` or the path of a .ckpt file")
-        if run.resolve() in given.resolve().parents or not _holds(run):
-            return given
-        raise UserError(f"{run} holds another run than {given}; choose a new folder with --out")
-    if first and _holds(run):
-        raise UserError(f"{run} is not empty; continue it with --resume auto or choose another folder with --out")
-    return None
-
-
-def _holds(run: Path) -> bool:
-    return run.is_dir() and any(path.name != LOCK for path in run.iterdir())
-
-
-def _begun(run: Path) -> bool:
-    return any((run / name).exists() for name in (LAST, "metrics.csv", "best", "final"))
-
-
-LOCK = ".lock"
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Keep a second training out of a run folder. The lock dies with the process, so a killed run leaves none behind.
-
-    Raises:
-        UserError: another process trains there, or the folder cannot be written.
-    """
-    import fcntl  # not on Windows, where torch's data-parallel training is not either
-
-    made = not run.exists()
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = open(run / LOCK, "w")  # noqa: SIM115 - held until the end of the run
-    except OSError as fault:
-        raise UserError(f"{run}: cannot write the run folder ({fault}); choose another with --out") from fault
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as fault:
-            raise UserError(f"{run}: another training is running in this folder; choose another with --out") from fault
-        refused = False
-        try:
-            yield
-        except DataError:
-            refused = True
-            raise
-        finally:
-            (run / LOCK).unlink(missing_ok=True)
-            # refused before anything was written, or by a picture before anything was learned worth a second look
-            if made and (not _holds(run) or (refused and not _begun(run))):
-                shutil.rmtree(run, ignore_errors=True)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def settings_to_keep(recipe: Recipe, machine: Machine) -> dict[str, Any]:
-    """The settings a continued run must share with the one that wrote the checkpoint, as flat plain data."""
-    kept = {name: value for name, value in flat(dataclasses.asdict(recipe)).items() if not _free(name)}
-    return {**kept, "accumulate": machine.accumulate}
-
-
-def _free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE)
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": (1, 2)}} -> {"a.b": [1, 2]}"""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return found
-
-
-def check_resume(checkpoint: Path, settings: dict[str, Any], steps: int) -> int:
-    """The optimiser step a checkpoint continues from.
-
-    Raises:
-        UserError: it is not a checkpoint, of other settings, or beyond the end of the run.
-    """
-    content = read_checkpoint(checkpoint)
-    kept: dict[str, Any] = next(
-        (state["settings"] for state in content["callbacks"].values() if "settings" in state), {}
-    )
-    usual = flat(dataclasses.asdict(Recipe()))  # of settings that did not exist when the checkpoint was written
-    changed = [
-        f"{name} was {kept.get(name, usual.get(name))!r}, now {value!r}"
-        for name, value in sorted(settings.items())
-        if kept.get(name, usual.get(name)) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{checkpoint} continues only with its own settings: {'; '.join(changed)}. "
-            "Put them back or start a new run with --out"
-        )
-    step = int(content["global_step"])
-    if step > steps:
-        raise UserError(f"{checkpoint} is at step {step}, beyond steps {steps}; raise steps or start a new run")
-    return step
 
 
 class Stream:
@@ -499,57 +267,6 @@ def determinism(recipe: Recipe, machine: Machine) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = benchmark
-
-
-def start_folder(recipe: Recipe, run: Path, machine: Machine, training: Source, validation: Source | None) -> None:
-    """Write `config.yaml` and `env.json`; when a run continues, the earlier environments stay in the list."""
-    (run / LAST).parent.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps(dataclasses.asdict(recipe)))  # tuples become lists: plain YAML
-    header = "# protoseg train --config THIS_FILE --out NEW_FOLDER\n"
-    (run / "config.yaml").write_text(header + yaml.safe_dump({**settings, "resume": ""}, sort_keys=False))
-    path = run / "env.json"
-    earlier = json.loads(path.read_text()) if path.is_file() else []
-    path.write_text(json.dumps([*earlier, environment(recipe, machine, training, validation)], indent=2) + "\n")
-
-
-def environment(recipe: Recipe, machine: Machine, training: Source, validation: Source | None) -> dict[str, Any]:
-    """What a number may depend on beside the recipe. No host name, no user name, no paths."""
-    libraries = ("protoseg", "torch", "torchvision", "timm", "segmentation-models-pytorch", "lightning", "numpy")
-    gpu = torch.cuda.get_device_name() if machine.accelerator == "gpu" else None
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in libraries}},
-        "platform": platform.platform(),
-        "commit": commit(),
-        "accelerator": machine.accelerator,
-        "device": gpu or platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "world": machine.world,
-        "global_batch": recipe.batch_size,
-        "micro_batch": machine.micro_batch,
-        "accumulate": machine.accumulate,
-        "train_items": len(training),
-        "val_items": len(validation) if validation is not None else 0,
-        "classes": training.labels.num_classes,
-    }
-
-
-def version_of(name: str) -> str | None:
-    """Of an installed distribution."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The git commit of the working directory, with "+changes" if files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def describe(source: Source, data: Data) -> dict[str, Any]:
