@@ -113,6 +113,7 @@ class Model:
         weights: a local safetensors file for the backbone; wins over `pretrained`.
         drop_path: stochastic depth rate of transformer backbones; `None`: the network's own.
         auxiliary_weight: weight of an auxiliary FCN loss on the stride-16 map; 0 switches it off.
+        freeze_backbone: learn decoder and head only; the backbone keeps its weights and batch statistics.
     """
 
     network: NetworkName = "mobilenetv2_light"
@@ -123,6 +124,7 @@ class Model:
     weights: str = ""
     drop_path: float | None = None
     auxiliary_weight: float = 0.0
+    freeze_backbone: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from protoseg.config import Head, Model
+from protoseg.config import Head, Model, Optim
+from protoseg.engine.optim import parameter_groups
 from protoseg.method.inference import freeze
 from protoseg.method.losses import segmentation_cross_entropy
 from protoseg.models import HEADS, Segmenter, assemble, networks
+from protoseg.models.segmenter import count_parameters
 
 
 class Downsample(nn.Module):
@@ -41,9 +43,9 @@ def transparent():
     return Segmenter(Downsample(), First(), Plain(), (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
 
 
-def small(kind="prototype", auxiliary=0.0):
+def small(kind="prototype", auxiliary=0.0, **settings):
     torch.manual_seed(0)
-    model = Model(network="tiny", auxiliary_weight=auxiliary)
+    model = Model(network="tiny", auxiliary_weight=auxiliary, **settings)
     parts = networks.tiny(model, width=8, widths=(8, 8, 16, 16), depths=(1, 1, 1, 1))
     return assemble(*parts, model, Head(kind=kind, num_prototypes=2, embed_dim=8), 3)
 
@@ -111,6 +113,28 @@ def test_the_auxiliary_loss_is_part_of_the_total(kind):
 def test_without_auxiliary_weight_there_is_no_auxiliary_head():
     assert small().auxiliary is None
     assert "aux" not in small().losses(torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.int64)).parts
+
+
+def test_a_frozen_backbone_keeps_its_weights_and_statistics_and_the_rest_learns():
+    segmenter = small(auxiliary=0.4, freeze_backbone=True)
+    before = {name: value.clone() for name, value in segmenter.state_dict().items()}
+    groups = parameter_groups(segmenter, Optim())
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    for mode in (True, False, True):
+        segmenter.train(mode)
+        assert not any(module.training for module in segmenter.backbone.modules())
+        assert segmenter.decoder.training == mode
+    losses = segmenter.losses(torch.rand(2, 3, 96, 96), torch.randint(0, 3, (2, 96, 96)))
+    losses.total.backward()
+    optimizer.step()
+    segmenter.update(losses)
+    assert {group["name"].removesuffix("_no_decay") for group in groups} == {"head"}
+    after = segmenter.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("backbone.")} <= same
+    kernels = {name for name, p in segmenter.named_parameters() if p.ndim > 1}  # the next norm can undo a bias
+    assert {name for name in kernels if not name.startswith("backbone.")} & same == set()
+    assert count_parameters(segmenter)["frozen"] == sum(p.numel() for p in segmenter.backbone.parameters())
 
 
 @pytest.mark.parametrize(

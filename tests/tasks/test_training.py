@@ -393,6 +393,7 @@ def test_a_broken_checkpoint_is_named(tmp_path):
         ({"evaluation": Evaluation(mode="slide", stride=(0, 9))}, "evaluation.stride"),
         ({"batch_size": 40}, "do not fill one global batch"),
         ({"model": Model(network="tiny", weights="nowhere.safetensors")}, "nowhere.safetensors"),
+        ({"model": Model(network="tiny", freeze_backbone=True)}, "freeze_backbone keeps random weights"),
         ({"data": Data(name="folder", root="/nowhere")}, "nowhere"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,

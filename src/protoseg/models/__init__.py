@@ -43,6 +43,7 @@ def assemble(
         backbone.mean,
         backbone.std,
         auxiliary_weight=model.auxiliary_weight,
+        freeze_backbone=model.freeze_backbone,
         settings=(model, head),
     )
 

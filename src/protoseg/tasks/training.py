@@ -142,6 +142,8 @@ def check(recipe: Recipe) -> None:
     windows.check(recipe.evaluation)
     if not 0 <= recipe.ema < 1:
         raise UserError(f"ema is the decay of a moving average and must lie in [0, 1), given {recipe.ema}")
+    if recipe.model.freeze_backbone and not (recipe.model.pretrained or recipe.model.weights or recipe.resume):
+        raise UserError("model.freeze_backbone keeps random weights; give model.weights or model.pretrained true")
     if recipe.data.workers < 0:
         raise UserError(f"data.workers must not be negative, given {recipe.data.workers}")
     if not recipe.out:
