@@ -25,6 +25,7 @@ DecoderName = Literal[
     "light",
     "fcn",
     "concat",
+    "stack",
     "segformer",
     "dpt",
     "fpn",

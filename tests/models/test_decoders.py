@@ -19,9 +19,10 @@ def test_names_are_those_of_the_settings():
 @pytest.mark.parametrize("name", NEEDS)
 def test_each_decoder_trains_and_segments_any_size(name):
     torch.manual_seed(0)
-    model = Model(network="timm", backbone="test_resnet", decoder=name, decoder_channels=32)
+    width = None if name == "stack" else 32
+    model = Model(network="timm", backbone="test_resnet", decoder=name, decoder_channels=width)
     backbone, decoder = networks.any_timm(model)
-    assert decoder.out_channels == 32
+    assert decoder.out_channels == (width or sum(backbone.channels))
     segmenter = assemble(backbone, decoder, model, Head(num_prototypes=2, embed_dim=8), 3)
     losses = segmenter.losses(torch.rand(2, 3, 65, 40), torch.randint(0, 3, (2, 65, 40)))
     losses.total.backward()
@@ -80,3 +81,17 @@ def test_concat_is_the_plain_concatenation():
     maps = [torch.rand(1, 3, 4, 6), torch.rand(1, 5, 2, 3)]
     up = torch.nn.functional.interpolate(maps[1], scale_factor=2, mode="bilinear")
     assert_close(decoder(maps), decoder.mix(torch.cat([maps[0], up], 1)))
+
+
+def test_stack_learns_nothing_and_gives_each_channel_as_much_to_say():
+    decoder = build_decoder("stack", [3, 5], [4, 8])
+    assert list(decoder.parameters()) == []
+    maps = [torch.rand(2, 3, 4, 6), 100 + 9 * torch.rand(2, 5, 2, 3)]
+    stacked = decoder(maps)
+    fine, coarse = (
+        (m - m.mean((0, 2, 3), keepdim=True)) / m.std((0, 2, 3), unbiased=False, keepdim=True) for m in maps
+    )
+    up = torch.nn.functional.interpolate(coarse, scale_factor=2, mode="bilinear")
+    assert_close(stacked, torch.cat([fine, up], 1), atol=1e-3, rtol=0)
+    with pytest.raises(UserError, match=r"leave model\.decoder_channels out"):
+        build(Model(network="timm", backbone="test_resnet", decoder="stack", decoder_channels=7), Head(), 3)

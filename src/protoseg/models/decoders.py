@@ -88,6 +88,26 @@ class ConcatDecoder(nn.Module):
         return self.dropout(self.mix(torch.cat([resized(m, maps[0]) for m in maps], 1)))
 
 
+class StackDecoder(nn.Module):
+    """All maps at the finest size, side by side, each channel at mean 0 and variance 1. Learns nothing.
+
+    On a backbone that is frozen (`model.freeze_backbone`) the head alone learns: what its features hold, and no more.
+    """
+
+    def __init__(self, channels: Sequence[int], strides: Sequence[float], width: int | None = None):
+        super().__init__()
+        self.out_channels = sum(channels)
+        if width not in (None, self.out_channels):
+            raise ValueError(
+                f"it has the {self.out_channels} channels of the backbone; leave model.decoder_channels out"
+            )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in channels)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """maps -> (B, sum of channels, h, w) at the finest map's size."""
+        return torch.cat([resized(norm(m), maps[0]) for norm, m in zip(self.norms, maps)], 1)
+
+
 class SegformerDecoder(nn.Module):
     """SegFormer's all-MLP decoder (Xie et al. 2021), transformers' code without its classifier."""
 
@@ -248,6 +268,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
     "light": LightDecoder,
     "fcn": FCNDecoder,
     "concat": ConcatDecoder,
+    "stack": StackDecoder,
     "segformer": SegformerDecoder,
     "dpt": SmpDPT,
 }
@@ -256,6 +277,7 @@ NEEDS: dict[str, Needs] = {
     "light": Needs(),
     "fcn": Needs(last=(8,)),
     "concat": Needs(),
+    "stack": Needs(),
     "segformer": Needs(),
     "dpt": Needs(),
     "fpn": Needs(),
