@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from protoseg.config import Head, Model, UserError
+from protoseg.method.presets import PRESETS
 from protoseg.models import HEADS, Segmenter, build
 from protoseg.models.saving import load, save
 
@@ -43,6 +44,21 @@ def reconfigure(folder, change):
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("preset", ["default", "reference"])
+def test_a_change_of_the_defaults_does_not_change_a_saved_model(preset, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    segmenter = build(Model(network="tiny"), Head(preset=preset), 3).eval()
+    images = torch.rand(1, 3, 32, 32)
+    folder = save(segmenter, tmp_path / "model", META)
+    before = segmenter(images)
+    assert load(folder)[0].settings[1].embed_dim == segmenter.head.embed_dim
+    for name, other in {"distance": "huber", "momentum": 0.5, "score_scale": 3.0, "kappa": 1.0}.items():
+        monkeypatch.setitem(PRESETS[preset], name, other)
+    loaded = load(folder)[0]
+    assert torch.equal(loaded(images), before)
+    assert (loaded.head.distance, loaded.head.momentum, loaded.head.kappa) == ("cosine", 0.999, 0.05)
 
 
 @pytest.mark.parametrize("kind", HEADS)

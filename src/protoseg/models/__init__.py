@@ -11,6 +11,7 @@ from torch import nn
 
 from protoseg.config import Head, Model, UserError
 from protoseg.method.head import PrototypeHead
+from protoseg.method.presets import PRESETS
 from protoseg.models.networks import NETWORKS
 from protoseg.models.segmenter import Segmenter, count_parameters
 from protoseg.models.softmax_head import CosineHead, SoftmaxHead
@@ -44,8 +45,15 @@ def assemble(
         backbone.std,
         auxiliary_weight=model.auxiliary_weight,
         freeze_backbone=model.freeze_backbone,
-        settings=(model, head),
+        settings=(model, _written_out(head, classifier)),
     )
+
+
+def _written_out(head: Head, built: Any) -> Head:
+    """`head` with what its preset says today in place of None: new defaults must not change a saved model."""
+    known = {**(PRESETS[head.preset] if head.kind == "prototype" else {}), "embed_dim": built.embed_dim}
+    unsaid = [name for name, value in dataclasses.asdict(head).items() if value is None]
+    return dataclasses.replace(head, **{name: known[name] for name in unsaid if name in known})
 
 
 def build_head(head: Head, in_channels: int, num_classes: int, ignore_index: int = 255) -> nn.Module:
