@@ -105,6 +105,16 @@ def test_a_wrong_option_is_a_usage_error_in_one_line(words, capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "missing"), [(["predict", "runs/a"], "images"), (["predict"], "model"), (["evaluate"], "model")]
+)
+def test_what_is_not_given_is_named_with_the_help_of_its_verb(words, missing, capsys):
+    assert code_of(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"protoseg: error: not given: {missing}")
+    assert error.endswith(f"(see protoseg {words[0]} --help)\n")
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "stepz: 5",

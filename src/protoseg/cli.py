@@ -38,10 +38,12 @@ class Parser(jsonargparse.ArgumentParser):
     """Says what is wrong in one line and where to read more, instead of the list of all options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        verb = getattr(ex, "subcommand_parser", None) or self
+        prog = (getattr(ex, "subcommand_parser", None) or self).prog
+        if missing := re.search(r"arguments are required: (\w+)\.(.+)", message):  # told by the parser of all verbs
+            prog, message = f"protoseg {missing[1]}", f"not given: {missing[2]}"
         # a hint of the library's own, and the list of all options of the verb that was meant
         message = re.sub(r"tip: For details.*|\n*\s*Run with JSONARGPARSE_DEBUG.*", "", message)
-        print(f"protoseg: error: {one_line(message)} (see {_command(verb.prog)} --help)", file=sys.stderr)
+        print(f"protoseg: error: {one_line(message)} (see {_command(prog)} --help)", file=sys.stderr)
         sys.exit(USAGE)
 
 
