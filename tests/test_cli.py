@@ -201,13 +201,24 @@ def test_exit_codes(error, code, monkeypatch, capsys):
     assert capsys.readouterr().err in ("protoseg: error: a b\n", "protoseg: interrupted\n")
 
 
-def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, BrokenPipeError])  # a pipe that is not stdout
+def test_an_unexpected_error_keeps_its_traceback(kind, monkeypatch):
     def fail(_):
-        raise RuntimeError("a fault of ours")
+        raise kind("a fault of ours")
 
     monkeypatch.setattr("protoseg.tasks.training.train", fail)
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.raises(kind, match="a fault of ours"):
         main(["train"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of another kind")
+def test_a_reader_that_stops_early_ends_the_verb_without_a_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "protoseg", "info"]
+    ended = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 def test_data_is_refused_with_3(tmp_path):

@@ -11,7 +11,9 @@ here (`checked_load`, `import_path_denylist`).
 from __future__ import annotations
 
 import json
+import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +32,7 @@ OPENING = (
     yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
 )  # fmt: skip
 CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
-FAILED, USAGE, DATA_REFUSED, INTERRUPTED = 1, 2, 3, 130
+FAILED, USAGE, DATA_REFUSED, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
 SECTIONS = (Data, Model, Head, Optim, Evaluation)
 
 
@@ -56,10 +58,17 @@ def one_line(message: object) -> str:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run one verb and exit: 0 done, 1 failed, 2 wrong usage, 3 data refused, 130 interrupted, 143 terminated."""
+    """Run one verb and exit: 0 done, 1 failed, 2 wrong usage, 3 data refused, 130 interrupted, 141 output not read to
+    its end (`| head`), 143 terminated.
+    """
     try:
         verb, given = parse(sys.argv[1:] if argv is None else argv)
         code = verb(given) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        code = UNREAD
     except DataError as error:
         print(f"protoseg: error: {one_line(error)}", file=sys.stderr)
         code = DATA_REFUSED
@@ -70,6 +79,19 @@ def main(argv: list[str] | None = None) -> NoReturn:
         print("protoseg: interrupted", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads stdout any more; then what is still to be written is dropped, by Python's last flush too."""
+    try:
+        stdout = select.poll()
+        stdout.register(sys.stdout.fileno(), 0)
+        left = any(event & select.POLLERR for _, event in stdout.poll(0))
+    except (AttributeError, OSError):  # a system without poll, a stdout that is no file
+        return False
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def parse(argv: list[str]) -> tuple[Callable[[Any], int | None], Any]:
