@@ -1,13 +1,14 @@
 import pytest
 
-from protoseg.kernels import clustering_cpu
+from protoseg.kernels import clustering_cpu, native
 
 
 @pytest.fixture(params=["C", "PyTorch"])
 def way(request, monkeypatch):
-    """Both ways behind the door: the operators that a C compiler made, and the PyTorch lines without one."""
+    """Both ways behind the door on a CPU: what a C compiler made, and the PyTorch lines without one."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(clustering_cpu, "takes", lambda *tensors: False)
+        for module in (clustering_cpu, native):
+            monkeypatch.setattr(module, "takes", lambda *tensors: False)
     elif not clustering_cpu.available():
         pytest.skip("no C compiler")
     return request.param

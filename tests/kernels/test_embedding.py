@@ -9,6 +9,7 @@ from protoseg import kernels
 from protoseg.kernels import embedding
 from protoseg.method.similarity import embed, unit
 
+pytestmark = pytest.mark.usefixtures("way")
 CASES = {"width": ("width", False), "width, LayerNorm": ("width", True), "channel, LayerNorm": ("channel", True)}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 

@@ -40,19 +40,21 @@ def counted(classes, drawn=None, up=1):
 
 
 @pytest.mark.parametrize(("drawn", "up"), [(None, 1), (None, 2), (1000, 1)], ids=["feature", "label", "drawn"])
-def test_numbers_touched_and_held_grow_no_faster_than_classes(drawn, up):
-    few, some, many = (counted(classes, drawn, up) for classes in (1250, 2500, 5000))
+def test_numbers_touched_and_held_grow_no_faster_than_classes(way, drawn, up):
+    # From 2,344 classes on a band has the fewest pixels it may have: all three are cut alike.
+    few, some, many = (counted(classes, drawn, up) for classes in (2500, 5000, 10_000))
     assert many.touched - some.touched <= 2.02 * (some.touched - few.touched)
     assert many.largest <= 2.02 * some.largest
 
 
-def test_ten_thousand_classes_hold_bands_of_their_prototypes_and_no_more():
+def test_ten_thousand_classes_hold_bands_of_their_prototypes_and_no_more(way):
     found = counted(10_000)
     assert found.largest <= similarity.FEWEST_COLUMNS * 10_000 * K
     assert found.largest < SIDE * SIDE * 10_000 * K / 3
 
 
-def test_drawn_negatives_save_the_exponentials_of_the_others():
+@pytest.mark.parametrize("way", ["PyTorch"], indirect=True)  # C takes them where nobody counts
+def test_drawn_negatives_save_the_exponentials_of_the_others(way):
     pixels, classes, drawn = SIDE * SIDE, 2500, 1000
     cross_entropy = pixels * classes
     slack = 100 * pixels  # the clustering's

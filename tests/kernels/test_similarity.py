@@ -6,6 +6,7 @@ from heads import batch, build
 from protoseg import kernels
 from protoseg.kernels import similarity
 
+pytestmark = pytest.mark.usefixtures("way")
 VARIANTS = {
     "default": {},
     "no siblings": {"contrast_siblings": False},
@@ -18,6 +19,8 @@ VARIANTS = {
     "class weights": {"class_weights": [0.5, 2.0, 1.0]},
     "align corners": {"align_corners": True},
     "K=1": {"num_prototypes": 1},
+    "sharp contrast": {"contrast_temperature": 0.002},  # e^(-2 / tau) is no number any more
+    "sharp contrast, no siblings": {"contrast_temperature": 0.002, "contrast_siblings": False},
     "no contrast": {"contrast_weight": 0.0, "distance_weight": 0.0},
     "reference": {"preset": "reference"},
     "reference_fixed": {"preset": "reference_fixed"},
@@ -83,6 +86,13 @@ def test_the_width_of_a_band_changes_nothing(columns, monkeypatch):
     assert_same(*both(head, *batch(6, 3, size=(3, 5, 6), label_size=(19, 21))))
 
 
+@pytest.mark.parametrize("variant", ["default", "no siblings", "class weights", "reference"])
+@pytest.mark.parametrize("label_size", [(9, 33), (18, 290)], ids=["feature", "label"])
+def test_more_pixels_than_a_block_of_the_loops_in_c(variant, label_size):
+    head = build(6, 3, **{"num_prototypes": 4, **VARIANTS[variant]})
+    assert_same(*both(head, *batch(6, 3, size=(2, 9, 33), label_size=label_size)))
+
+
 @pytest.mark.parametrize("siblings", [True, False])
 @pytest.mark.parametrize("parts", [("ce",), ("ppc",), ("ppd",), ("ppc", "ppd"), ("total", "ce", "ppd")])
 def test_every_loss_has_its_own_gradient(parts, siblings, narrow_bands):
@@ -128,9 +138,10 @@ def test_without_gradients_there_is_no_graph():
     assert losses.total.isfinite()
 
 
-def test_features_in_any_memory_layout_give_the_same():
+@pytest.mark.parametrize("images", [1, 2])  # the rows of one image are a view of it
+def test_features_in_any_memory_layout_give_the_same(images):
     head = build(6, 3, num_prototypes=4, projection="none")
-    features, labels = batch(6, 3, size=(2, 5, 6))
+    features, labels = batch(6, 3, size=(images, 5, 6))
     one = run(head, features, labels)
     two = run(head, features.contiguous(memory_format=torch.channels_last), labels)
     assert_same(two, one, atol=1e-15)

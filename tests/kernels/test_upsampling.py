@@ -6,6 +6,7 @@ from torch.testing import assert_close
 from heads import seeded
 from protoseg.kernels import upsampling
 
+pytestmark = pytest.mark.usefixtures("way")
 SIZES = [(1, 1), (1, 7), (5, 5), (5, 20), (20, 5), (7, 19), (64, 257)]
 
 

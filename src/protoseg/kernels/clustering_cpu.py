@@ -14,9 +14,7 @@ from torch.library import custom_op
 
 from protoseg.kernels import native
 
-TYPES = {torch.float32: "float", torch.float64: "double"}
 RULES = {"constant": 0, "bias_corrected": 1, "count_aware": 2}
-NO_MEMORY, OUT_OF_RANGE = 1, 2
 
 
 @cache
@@ -37,23 +35,14 @@ def takes(*tensors: Tensor) -> bool:
     """Whether the operators take these floating tensors: all on the CPU, all of one of the types."""
     first = tensors[0]
     return (
-        first.dtype in TYPES and all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors) and available()
+        first.dtype in native.TYPES
+        and all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
+        and available()
     )
 
 
 def _call(function: str, *arguments: Tensor | int | float) -> None:
-    """A function of the library; tensors go as addresses."""
-    c: list[object] = []
-    for value in arguments:
-        if isinstance(value, Tensor):
-            c.append(ctypes.c_void_p(value.data_ptr()))
-        else:
-            c.append(ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value))
-    fault = getattr(_library(), function)(*c)
-    if fault == NO_MEMORY:
-        raise MemoryError(f"{function} found no memory")
-    if fault == OUT_OF_RANGE:
-        raise IndexError(f"{function} was given a class or prototype that the memory does not have")
+    native.call(_library(), function, *arguments)
 
 
 def _grouped(classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -61,10 +50,6 @@ def _grouped(classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
     order, starts = classes.new_empty(len(classes), dtype=torch.int32), classes.new_empty(count + 1)
     _call("group_by_class", classes.contiguous(), len(classes), count, order, starts)
     return order, starts
-
-
-def _typed(function: str, like: Tensor) -> str:
-    return f"{function}_{TYPES[like.dtype]}"
 
 
 @custom_op("protoseg::first_sums", mutates_args=(), device_types="cpu")
@@ -82,7 +67,7 @@ def first_sums(kernel: Tensor, classes: Tensor, num_classes: int) -> tuple[Tenso
     order, starts = _grouped(classes, num_classes)
     ordered, table = kernel.new_empty(K, n), kernel.new_empty(num_classes, K + 1)
     _call(
-        _typed("first_sums", kernel), kernel, *kernel.stride(), n, K, num_classes, order, starts, ordered, table,
+        native.typed("first_sums", kernel), kernel, *kernel.stride(), n, K, num_classes, order, starts, ordered, table,
         torch.get_num_threads(),
     )  # fmt: skip
     return ordered, order, starts, table
@@ -105,7 +90,7 @@ def next_sums(ordered: Tensor, starts: Tensor, sums: Tensor) -> Tensor:
     K, n = ordered.shape
     found = sums.new_empty(len(sums), K)
     _call(
-        _typed("next_sums", ordered), ordered, n, K, len(sums), starts, sums, sums.stride(0), found,
+        native.typed("next_sums", ordered), ordered, n, K, len(sums), starts, sums, sums.stride(0), found,
         torch.get_num_threads(),
     )  # fmt: skip
     return found
@@ -129,7 +114,7 @@ def largest_mass(
     K, n = ordered.shape
     chosen = order.new_empty(n, dtype=torch.int64)
     _call(
-        _typed("largest_mass", ordered), ordered, n, K, len(sums), order, starts, sums, sums.stride(0), counts,
+        native.typed("largest_mass", ordered), ordered, n, K, len(sums), order, starts, sums, sums.stride(0), counts,
         counts.stride(0), own, *own.stride(), few, lone, chosen, torch.get_num_threads(),
     )  # fmt: skip
     return chosen
@@ -148,7 +133,7 @@ def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tenso
     order, starts = _grouped(index, count)
     sums, counts = rows.new_empty(count, rows.shape[1]), rows.new_empty(count)
     _call(
-        _typed("segment_sums", rows), rows.contiguous(), order, starts, rows.shape[1], count, sums, counts,
+        native.typed("segment_sums", rows), rows.contiguous(), order, starts, rows.shape[1], count, sums, counts,
         torch.get_num_threads(),
     )  # fmt: skip
     return sums, counts
@@ -170,7 +155,7 @@ def momentum_step_(
     """`method.prototypes.momentum_step` in place, nothing where `verdict`, (), is not finite; touches rows hit only."""
     C, K, D = prototypes.shape
     _call(
-        _typed("momentum_step", prototypes), prototypes, weight, length, sums.contiguous(), counts.contiguous(),
+        native.typed("momentum_step", prototypes), prototypes, weight, length, sums.contiguous(), counts.contiguous(),
         verdict, C * K, D, momentum, RULES[rule], count_cap, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -189,7 +174,7 @@ def move_(
     order, starts = _grouped(moving, C * K)
     counts = embedding.new_empty(C * K)
     _call(
-        _typed("move", prototypes), prototypes, weight, length, embedding.contiguous(), order, starts, verdict,
+        native.typed("move", prototypes), prototypes, weight, length, embedding.contiguous(), order, starts, verdict,
         C * K, D, momentum, RULES[rule], count_cap, counts, torch.get_num_threads(),
     )  # fmt: skip
     return counts
@@ -207,7 +192,7 @@ def _(
 def usage_step_(usage: Tensor, idle: Tensor, counts: Tensor, verdict: Tensor, decay: float, dead: float) -> None:
     """`method.prototypes.usage_step` in place, nothing where `verdict` is not finite."""
     C, K = usage.shape
-    _call(_typed("usage_step", usage), usage, idle, counts.contiguous(), verdict, C, K, decay, dead)
+    _call(native.typed("usage_step", usage), usage, idle, counts.contiguous(), verdict, C, K, decay, dead)
 
 
 @custom_op("protoseg::reseed_", mutates_args=(*MEMORY, "usage", "idle"), device_types="cpu")
@@ -218,6 +203,6 @@ def reseed_(
     """`method.prototypes.reseed_` of one process; looks at the pixels of classes with a prototype due only."""
     C, K, D = prototypes.shape
     _call(
-        _typed("reseed", prototypes), embedding.contiguous(), moving.contiguous(), len(moving), prototypes, weight,
-        length, usage, idle, verdict, C, K, D, after,
+        native.typed("reseed", prototypes), embedding.contiguous(), moving.contiguous(), len(moving), prototypes,
+        weight, length, usage, idle, verdict, C, K, D, after,
     )  # fmt: skip

@@ -1,15 +1,21 @@
 """What the 2022 code does to the projected features, and back: the norm along the image width (or over channels), then
 a LayerNorm over channels. By autograd these are a dozen passes over N x D, and on a CPU each pays fresh memory in
-page faults; here a few image rows at a time stay in cache, and only their norms and moments are kept."""
+page faults; here a few image rows at a time stay in cache, and only their norms and moments are kept. Where there is a
+C compiler and pixels lie whole in memory, `embedding.c` takes an image row at a time instead."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from protoseg.kernels import native
 
 PIECE = 200_000  # numbers
 SHORTEST = 1e-12  # a length is held at it, as in `method.similarity.unit`
@@ -41,6 +47,11 @@ class NormedRows(torch.autograd.Function):
         out = torch.empty(B, h, w, D, dtype=dtype, device=features.device)
         lengths = torch.empty(B, h, 1, D, dtype=dtype, device=out.device) if axis == 2 else out.new_empty(B, h, w, 1)
         moments = out.new_empty(2, B, h, w, 1) if weight is not None else None
+        ctx.axis, ctx.in_c = axis, _in_c(pixels, weight, bias)
+        ctx.save_for_backward(features, lengths, weight, bias, moments)
+        if ctx.in_c:
+            _call("normed_rows", pixels, axis, weight, bias, eps, out, lengths, moments)
+            return out.view(-1, D)
         for part in _pieces(pixels):
             piece = pixels[part].to(dtype)
             squares = torch.mul(piece, piece, out=out[part])  # `vector_norm` is slow along any but the last axis
@@ -51,8 +62,6 @@ class NormedRows(torch.autograd.Function):
                     out[part], (D,), weight.to(dtype), bias.to(dtype), eps
                 )
                 out[part] = rows
-        ctx.axis = axis
-        ctx.save_for_backward(features, lengths, weight, bias, moments)
         return out.view(-1, D)
 
     @staticmethod
@@ -65,6 +74,13 @@ class NormedRows(torch.autograd.Function):
         back = torch.empty_like(features)
         back_pixels = back.permute(0, 2, 3, 1)
         wanted = [True, *ctx.needs_input_grad[1:3]]
+        if ctx.in_c:
+            learned = None if weight is None else lengths.new_empty(2, D)
+            gradient = gradient.contiguous()
+            _call("normed_rows_backward", pixels, ctx.axis, weight, lengths, moments, gradient, back_pixels, learned)
+            of_weight, of_bias = (None, None) if learned is None else learned.unbind()
+            made = back, of_weight, of_bias
+            return *(g if need else None for g, need in zip(made, ctx.needs_input_grad)), None, None
         to_weight = lengths.new_zeros(D) if wanted[1] else None
         to_bias = lengths.new_zeros(D) if wanted[2] else None
         for part in _pieces(pixels):
@@ -90,6 +106,24 @@ class NormedRows(torch.autograd.Function):
             None,
             None,
         )
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    return native.load(Path(__file__).with_name("embedding.c"))
+
+
+def _in_c(pixels: Tensor, *learned: Tensor | None) -> bool:
+    """Whether C takes (B, h, w, D) pixels with these parameters of a LayerNorm."""
+    here = [pixels, *(t for t in learned if t is not None)]
+    return native.takes(*here) and all(t.is_contiguous() for t in here) and _library() is not None
+
+
+def _call(function: str, pixels: Tensor, axis: int, *arguments: Tensor | float | None) -> None:
+    B, h, w, D = pixels.shape
+    native.call(
+        _library(), native.typed(function, pixels), pixels, B * h, w, D, axis == 2, *arguments, torch.get_num_threads()
+    )
 
 
 def _pieces(pixels: Tensor) -> Iterator[tuple[slice, slice]]:

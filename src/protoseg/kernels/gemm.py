@@ -37,7 +37,7 @@ def weighted_prototypes(weights: Tensor, prototypes: Tensor, transposed: Tensor,
     Args:
         transposed: (D, P) contiguous copy of the prototypes, which oneDNN wants.
     """
-    if _onednn_takes(transposed, weights):
+    if _onednn_takes(transposed, weights) and weights.is_contiguous():  # of a slice it takes a thousand times as long
         out.copy_(torch.ops.mkldnn._linear_pointwise(transposed, weights.T, None, "none", [], "").T)
     else:
         torch.mm(weights.T, prototypes, out=out)

@@ -18,10 +18,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+TYPES = {torch.float32: "float", torch.float64: "double"}  # a file has its functions for both
+NO_MEMORY, OUT_OF_RANGE = 1, 2  # what they return where something is wrong
+REAL = (Tensor, torch.nn.Parameter)  # not what stands for a tensor while a program is traced
 SECONDS = 60  # a compiler that takes longer hangs
+FLAGS = ("-std=c11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # What PyTorch itself settled on for this CPU, so that a cache on a shared disk suits every machine that finds its name.
 VECTORS = {
     "AVX512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
@@ -38,12 +43,42 @@ def load(source: Path) -> ctypes.CDLL | None:
         return None
     vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability(), "").split()
     for threads in THREADS:
-        flags = ["-std=c11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", threads, *vectors]
+        flags = [*FLAGS, threads, *vectors]
         try:
             return ctypes.CDLL(str(_made(source, [*compiler, *flags])))
         except (OSError, subprocess.SubprocessError) as error:
             log.debug("%s with %s: %s", source.name, threads, getattr(error, "stderr", None) or error)
     return None
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether C could read these floating tensors: all on the CPU, with memory of their own, of one of the types."""
+    dtype = tensors[0].dtype
+    return dtype in TYPES and all(t.dtype == dtype and t.device.type == "cpu" and type(t) in REAL for t in tensors)
+
+
+def call(library: ctypes.CDLL | None, function: str, *arguments: Tensor | int | float | None) -> None:
+    """A function of a library; tensors go as addresses, None as no address.
+
+    Raises:
+        MemoryError, IndexError: what the function says.
+    """
+    c: list[object] = []
+    for value in arguments:
+        if value is None or isinstance(value, Tensor):
+            c.append(ctypes.c_void_p(None if value is None else value.data_ptr()))
+        else:
+            c.append(ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value))
+    fault = getattr(library, function)(*c)
+    if fault == NO_MEMORY:
+        raise MemoryError(f"{function} found no memory")
+    if fault == OUT_OF_RANGE:
+        raise IndexError(f"{function} was given a class or prototype that the memory does not have")
+
+
+def typed(function: str, like: Tensor) -> str:
+    """The function for numbers of this type."""
+    return f"{function}_{TYPES[like.dtype]}"
 
 
 def _compiler() -> list[str] | None:

@@ -31,6 +31,11 @@ class Shard:
         local = classes - self.first
         return torch.where((local >= 0) & (local < self.count), local, -1)
 
+    def log_sum_exp(self, local: Tensor) -> Tensor:
+        """(n,) log-sum-exp over this rank's classes -> over all."""
+        shift = self.largest(local)
+        return self.total((local - shift).exp()).log() + shift
+
     def argmax(self, scores: Tensor) -> Tensor:
         """(count, n) scores -> (n,) class of the largest over all ranks; ties go to the first, as in `argmax`."""
         index = scores.argmax(0)

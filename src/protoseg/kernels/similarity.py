@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from protoseg.kernels import contrast, gemm, gpu, upsampling
+from protoseg.kernels import contrast, gemm, gpu, similarity_cpu, upsampling
 from protoseg.kernels.shards import Shard
 
 if TYPE_CHECKING:
-    from protoseg.kernels.gpu.similarity import Cosines
+    from protoseg.kernels.gpu import similarity as gpu_similarity
 
 CPU_BAND = 1_500_000  # cosines of a band: 6 MB in fp32, which stays in a core's share of the last cache
 GPU_BAND = 64_000_000
@@ -200,7 +200,8 @@ def sweep(
             table.scatter_add_(0, classes[part].clamp(min=0).expand(1, K, -1), near.mul_(push)[None])
         gemm.weighted_prototypes(mass, flat, transposed, swept.gradient[part])
 
-    # What a band leaves to the next: what `finish` wants of the cosines, best, widened scores, their gradient.
+    # The last row of a band, which still gets gradient from below: what `finish` wants of it, its widened scores, their
+    # gradient so far.
     carried: tuple[list[Tensor], Tensor, Tensor, Tensor] | None = None
     done = 0  # label rows of this image
     for images, rows in bands:
@@ -233,26 +234,26 @@ def sweep(
         planes = C * len(images)
         widened = upsampling.widen(scores.view(-1, w), across).view(planes, len(rows), width)
         label_gradient = torch.zeros_like(widened)
-        top = rows.start
-        if carried is not None:
-            seen = [torch.cat(pair, 1) for pair in zip(carried[0], seen)]
-            best = torch.cat([carried[1], best], 1)
-            widened = torch.cat([carried[2], widened], 1)
-            label_gradient = torch.cat([carried[3], label_gradient], 1)
-            top, start = top - 1, start - w
+        top, above = rows.start, carried
+        if above is not None:
+            widened = torch.cat([above[2], widened], 1)
+            label_gradient = torch.cat([above[3], label_gradient], 1)
+            top -= 1
         ready = vertical.ready(rows.stop)
         swept.ce += upsampling.strip_cross_entropy(
             widened, label_gradient, vertical, (done, ready), top,
             labels[images.start : images.stop], s.ignore_index, batch.class_weights, ce_share, budget, shard,
         )  # fmt: skip
         done = ready
-        if rows.stop < h:  # the last row still gets gradient from below
-            last = [t[:, -w:].clone() for t in seen]
-            carried = (last, best[:, -w:].clone(), widened[:, -1:], label_gradient[:, -1:])
+        if rows.stop < h:
+            carried = ([t[:, -w:] for t in seen], best[:, -w:], widened[:, -1:], label_gradient[:, -1:])
             seen, best, label_gradient = [t[:, :-w] for t in seen], best[:, :-w], label_gradient[:, :-1]
             end -= w
+        scores_gradient = upsampling.narrow(label_gradient.reshape(-1, width), across).view(C, -1)
+        if above is not None:
+            finish(above[0], above[1], scores_gradient[:, :w], start - w, start)
+            scores_gradient = scores_gradient[:, w:]
         if end > start:
-            scores_gradient = upsampling.narrow(label_gradient.reshape(-1, width), across).view(C, -1)
             finish(seen, best, scores_gradient, start, end)
     swept.ce *= batch.label_share
     swept.own = swept.own.T
@@ -417,16 +418,21 @@ def class_cosines(raw: Tensor, prototypes: Tensor) -> Tensor:
     return best.T
 
 
-def _kernels(batch: Batch, target: Tensor | None) -> Cosines | None:
-    """The Triton kernels of one sweep, where they are at hand and know what is asked."""
-    way = gpu.way(batch.embedding.device, batch.embedding.dtype)
-    if way is None or batch.negatives is not None or batch.shard is not None:
+def _kernels(batch: Batch, target: Tensor | None) -> gpu_similarity.Cosines | similarity_cpu.Cosines | None:
+    """The fused kernels of one sweep, Triton's or C's, where they are at hand and know what is asked."""
+    if batch.negatives is not None:
         return None
-    from protoseg.kernels.gpu.similarity import Cosines
-
     s = batch.settings
     siblings = s.siblings or target is None
-    return Cosines(way, batch.embedding, batch.prototypes, batch.classes, target, s.temperature, siblings)
+    known = (batch.embedding, batch.prototypes, batch.classes, target, s.temperature, siblings)
+    way = gpu.way(batch.embedding.device, batch.embedding.dtype)
+    if way is not None and batch.shard is None:
+        from protoseg.kernels.gpu import similarity as gpu_similarity
+
+        return gpu_similarity.Cosines(way, *known)
+    if similarity_cpu.takes(batch.embedding, batch.prototypes):
+        return similarity_cpu.Cosines(*known, batch.shard)
+    return None
 
 
 def _own(table: Tensor, classes: Tensor) -> Tensor:
@@ -444,6 +450,9 @@ def _bands(images: int, h: int, w: int, columns: int) -> list[tuple[range, range
 
 
 def _to_unit(raw: Tensor, out: Tensor) -> None:
+    if similarity_cpu.takes(out):
+        similarity_cpu.unit_rows(raw, out)
+        return
     torch.div(raw, _length(raw), out=out)
 
 
@@ -493,14 +502,17 @@ def _targets_and_length(
     ppd_share: Tensor,
 ) -> None:
     """In place: add the pull of each pixel's own target, then go back through the unit length."""
-    flat = batch.prototypes.flatten(0, 1)
+    flat, contrast_share = batch.prototypes.flatten(0, 1), ppc_share / batch.settings.temperature
+    known = (gradient, batch.embedding, raw, flat, target, near, contrast_share, ppd_share)
     if gpu.way(raw.device, raw.dtype) is not None:
         from protoseg.kernels.gpu import rows
 
-        contrast_share = ppc_share / batch.settings.temperature
-        rows.finish(gradient, batch.embedding, raw, flat, target, near, contrast_share, ppd_share)
+        rows.finish(*known)
         return
-    pull = -ppc_share / batch.settings.temperature - 2 * ppd_share * (1 - near)  # N
+    if similarity_cpu.takes(gradient, batch.embedding, flat):
+        similarity_cpu.finish(*known)
+        return
+    pull = -contrast_share - 2 * ppd_share * (1 - near)  # N
     pull = torch.where(target >= 0, pull, 0)[:, None]
     index = target.clamp(min=0)
     step = ROWS if raw.device.type == "cpu" else len(raw)

@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from protoseg.kernels import similarity_cpu
 from protoseg.kernels.shards import Shard
 
 TAPS = 16  # inputs a block of outputs takes from, about: two are needed, a product wants a few more
@@ -29,12 +30,14 @@ class Lines:
         first, last: for each output the first and last input it takes from; never falling.
         matrix: (outputs, inputs) weights.
         block: how many outputs are made in one product, so that it is about `TAPS` wide.
+        mix: (outputs,) first input and (outputs, 2) shares of it and of the next one, where there is one.
     """
 
     first: tuple[int, ...]
     last: tuple[int, ...]
     matrix: Tensor
     block: int
+    mix: tuple[Tensor, Tensor]
 
     def ready(self, inputs: int) -> int:
         """How many outputs need nothing but the first `inputs` inputs."""
@@ -66,10 +69,11 @@ def lines(size: int, out: int, align_corners: bool, dtype: torch.dtype, device: 
     source = y * (size - 1) / max(out - 1, 1) if align_corners else ((y + 0.5) * size / out - 0.5).clamp(min=0)
     low = source.floor().clamp(max=size - 1)
     share = (source - low)[:, None].to(dtype)
+    mix = low.long(), torch.cat([1 - share, share], 1)
     low = low.long()[:, None]
     matrix = torch.zeros(out, size, device=device, dtype=dtype).scatter_(1, low, 1 - share)
     matrix.scatter_add_(1, (low + 1).clamp(max=size - 1), share)
-    return Lines(first, last, matrix, max(1, TAPS * out // size))
+    return Lines(first, last, matrix, max(1, TAPS * out // size), mix)
 
 
 def widen(rows: Tensor, along: Lines) -> Tensor:
@@ -110,6 +114,8 @@ def cross_entropy_(
     Returns:
         () sum over the labelled pixels.
     """
+    if shard is None and similarity_cpu.takes(logits):
+        return similarity_cpu.cross_entropy_(logits, labels, ignore_index, class_weights, share)
     valid = labels != ignore_index
     index = torch.where(valid, labels, 0)  # n
     weight = valid.to(logits.dtype)
@@ -159,6 +165,10 @@ def strip_cross_entropy(
     Returns:
         () sum over the labelled pixels of these rows.
     """
+    if shard is None and similarity_cpu.takes(widened, gradient, vertical.mix[1]):
+        return similarity_cpu.strip_cross_entropy(
+            widened, gradient, vertical.mix, rows, top, labels, ignore_index, class_weights, share
+        )
     planes, _, width = widened.shape
     images = labels.shape[0]
     enough = STRIP if widened.device.type == "cpu" else budget

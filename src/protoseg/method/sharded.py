@@ -70,7 +70,8 @@ class ShardedPrototypeHead(PrototypeHead):
         self.first = sum(self.class_counts[: ranks.rank()])
         self.last = self.first + self.class_counts[ranks.rank()]
         self._total = self._largest = clustering.alone  # a class's pixels are all here
-        self._shard = Shard(self.first, self.last - self.first, max(self.class_counts), ranks.total, ranks.largest)
+        if world > 1:
+            self._shard = Shard(self.first, self.last - self.first, max(self.class_counts), ranks.total, ranks.largest)
         for name in PER_CLASS:
             whole = ranks.from_first(getattr(self, name))
             setattr(self, name, whole[self.first : self.last].clone())
@@ -154,7 +155,8 @@ class ShardedPrototypeHead(PrototypeHead):
         self, own: Tensor, predicted: Tensor | None, classes: Tensor, gumbel: Tensor | None, raw: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Pixels of other ranks' classes are as void here: their own rank gives them a prototype."""
-        assert self._shard is not None
+        if self._shard is None:
+            return super()._assign(own, predicted, classes, gumbel, raw)
         predicted = None if predicted is None else predicted - self.first
         with ranks.by_itself():
             return super()._assign(own, predicted, self._shard.local(classes), gumbel, raw)
