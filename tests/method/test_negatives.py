@@ -12,6 +12,7 @@ from protoseg import kernels
 from protoseg.kernels import similarity
 from protoseg.method.losses import draw_negatives, pixel_prototype_contrast
 
+pytestmark = pytest.mark.usefixtures("way")
 C, K, TAU = 3, 2, 0.5
 
 

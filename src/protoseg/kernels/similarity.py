@@ -151,8 +151,8 @@ def sweep(
     columns = budget // ((C if shard is None else shard.widest) * (1 if kernels and not kernels.tabled else K))
     bands = _bands(B, h, w, max(FEWEST_COLUMNS, columns))
     widest = max((len(images) * len(rows) * w for images, rows in bands), default=0) + (w if resized else 0)
-    tabled = batch.negatives is None and kernels is None
-    work = new(C * K * widest if tabled else 0)  # one for all bands: fresh memory costs page faults
+    widest = widest if batch.negatives is None and kernels is None else 0
+    work = new(C * K * widest)  # one for all bands: fresh memory costs page faults
 
     swept = Swept(
         ce=new(()).zero_(),
@@ -420,18 +420,16 @@ def class_cosines(raw: Tensor, prototypes: Tensor) -> Tensor:
 
 def _kernels(batch: Batch, target: Tensor | None) -> gpu_similarity.Cosines | similarity_cpu.Cosines | None:
     """The fused kernels of one sweep, Triton's or C's, where they are at hand and know what is asked."""
-    if batch.negatives is not None:
-        return None
     s = batch.settings
     siblings = s.siblings or target is None
     known = (batch.embedding, batch.prototypes, batch.classes, target, s.temperature, siblings)
     way = gpu.way(batch.embedding.device, batch.embedding.dtype)
-    if way is not None and batch.shard is None:
+    if way is not None and batch.shard is None and batch.negatives is None:
         from protoseg.kernels.gpu import similarity as gpu_similarity
 
         return gpu_similarity.Cosines(way, *known)
     if similarity_cpu.takes(batch.embedding, batch.prototypes):
-        return similarity_cpu.Cosines(*known, batch.shard)
+        return similarity_cpu.Cosines(*known, batch.shard, batch.negatives, s.negative_weight)
     return None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from protoseg.kernels import gemm, native
+from protoseg.kernels import contrast, gemm, native
 from protoseg.kernels.shards import Shard
 
 
@@ -113,6 +113,8 @@ class Cosines:
         temperature: float,
         siblings: bool,
         shard: Shard | None,
+        negatives: Tensor | None,
+        negative_weight: float,
     ):
         self.embedding = embedding
         self.num_classes, self.num_prototypes, _ = prototypes.shape
@@ -121,7 +123,8 @@ class Cosines:
         self.shard = shard
         self.classes = classes if shard is None else shard.local(classes)
         self.target = None if siblings else target
-        self.slope = 1 / temperature
+        self.temperature, self.slope = temperature, 1 / temperature
+        self.negatives, self.negative_weight = negatives, negative_weight
         # Cosines lie in [-1, 1]: with 1 for the largest no sum can vanish while e^(-2 / tau) is a number.
         self.one_sweep = math.exp(-2 / temperature) > torch.finfo(embedding.dtype).tiny
         self.own = embedding.new_empty(self.num_prototypes, len(embedding))
@@ -140,14 +143,21 @@ class Cosines:
             (C, n) cosine with the nearest prototype of every class, and what `gradient` wants of these pixels: tensors
             with the pixels last, to be cut and joined along them.
         """
-        part = slice(start, end)
+        part, drawn = slice(start, end), self.negatives is not None
         table = gemm.similarities(self.flat, self.embedding[part])
-        best = table.new_empty(self.num_classes, end - start)
+        best, classes, target = table.new_empty(self.num_classes, end - start), self.classes[part], self._target(part)
         _call(
-            "nearest", table, table, table.stride(0), *self._sizes(table), self.classes[part], self._target(part),
-            self.slope, best, self.own[:, start:], self.own.stride(0), self.log_sum[part] if losses else None,
+            "nearest", table, table, table.stride(0), *self._sizes(table), classes, target, self.slope, best,
+            self.own[:, start:], self.own.stride(0), self.log_sum[part] if losses and not drawn else None,
             self.one_sweep,
         )  # fmt: skip
+        if losses and self.negatives is not None:
+            far, near, total, shift = contrast.drawn_negatives(
+                table, self.own[:, part], classes, target, self.negatives, self.negative_weight, self.temperature,
+                self.shard,
+            )  # fmt: skip
+            self.log_sum[part] = total.log() + shift
+            return best, [table, best, far.div_(total), near.div_(total)]
         if losses and self.shard is not None:
             self.log_sum[part] = self.shard.log_sum_exp(self.log_sum[part])
         return best, [table, best]
@@ -160,13 +170,19 @@ class Cosines:
             share: (n,) what the log-sum-exp's gradient is multiplied by, over tau; 0 for pixels outside the mean.
             out: (n, D), filled.
         """
-        part, (table, best) = slice(start, end), seen
+        part, (table, best, *drawn) = slice(start, end), seen
         weights = table if table.is_contiguous() else self._room(table)
+        classes, push = self.classes[part], torch.zeros_like(share) if drawn else share.contiguous()
         _call(
-            "weights", table, table, table.stride(0), *self._sizes(table), self.classes[part], self._target(part),
-            self.slope, best, best.stride(0), slope, slope.stride(0), self.log_sum[part], share.contiguous(), weights,
+            "weights", table, table, table.stride(0), *self._sizes(table), classes, self._target(part),
+            self.slope, best, best.stride(0), slope, slope.stride(0), self.log_sum[part], push, weights,
             weights.stride(0),
         )  # fmt: skip
+        if self.negatives is not None:
+            far, near = (share * masses for masses in drawn)
+            weights.index_add_(0, self.negatives.clamp(min=0), far)
+            own = classes.clamp(min=0).expand(1, len(near), -1)
+            weights.view(self.num_classes, len(near), -1).scatter_add_(0, own, near[None])
         gemm.weighted_prototypes(weights, self.flat, self.transposed, out)
 
     def _sizes(self, table: Tensor) -> tuple[int, int, int]:
