@@ -471,7 +471,7 @@ def _scores(batch: Batch, scale: Tensor, best: Tensor) -> Tensor:
 
 
 def _scores_backward(batch: Batch, scale: Tensor, best: Tensor, gradient: Tensor, swept: Swept) -> Tensor:
-    """The adjoint of `_scores`, (C, n); adds the gradients of scale and LayerNorm to `swept`."""
+    """The adjoint of `_scores`, (C, n), in place of what it is given; adds those of scale and LayerNorm to `swept`."""
     if batch.settings.layer_norm is not None:
         rows, shape = (best * scale).T.contiguous(), best.shape[:1]
         weight, bias = _cast(batch.norm_weight, best), _cast(batch.norm_bias, best)
@@ -484,9 +484,9 @@ def _scores_backward(batch: Batch, scale: Tensor, best: Tensor, gradient: Tensor
         if swept.norm_weight is not None and swept.norm_bias is not None:
             swept.norm_weight += to_weight
             swept.norm_bias += to_bias
-    gradient = gradient * scale
+    gradient = gradient.mul_(scale)
     if swept.log_scale is not None:
-        swept.log_scale += (gradient * best).sum()
+        swept.log_scale += torch.dot(gradient.flatten(), best.flatten())
     return gradient
 
 
