@@ -128,8 +128,8 @@ class PrototypeHead(nn.Module):
         contrast_siblings: whether the other prototypes of the own class are negatives of Eq. (5).
         contrast_negatives: M, how many prototypes are drawn at each step, the same for all pixels and ranks, for the
             pixels to see the other classes through in Eq. (5); the own class is always there. It is another loss, an
-            estimate with a small bias (`losses.pixel_prototype_contrast`), that saves the exponentials and one of two
-            tables of pixels by prototypes; the cross-entropy still needs all classes. None: all prototypes.
+            estimate with a small bias (`losses.pixel_prototype_contrast`), that saves the exponentials of the others; the
+            cross-entropy still needs all classes. None: all prototypes.
         reseed_after: steps a prototype may idle (less than a tenth of its share) while its class is seen, before it is
             set on the pixel of its class that is least like its own prototypes; None switches that off.
         align_corners: of the bilinear resize from scores to labels.
