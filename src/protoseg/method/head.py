@@ -25,6 +25,7 @@ from protoseg.method.losses import (
     ranks_share,
     segmentation_cross_entropy,
     total_loss,
+    weights_of_classes,
 )
 from protoseg.method.presets import settle
 from protoseg.method.prototypes import (
@@ -128,8 +129,8 @@ class PrototypeHead(nn.Module):
         contrast_siblings: whether the other prototypes of the own class are negatives of Eq. (5).
         contrast_negatives: M, how many prototypes are drawn at each step, the same for all pixels and ranks, for the
             pixels to see the other classes through in Eq. (5); the own class is always there. It is another loss, an
-            estimate with a small bias (`losses.pixel_prototype_contrast`), that saves the exponentials of the others; the
-            cross-entropy still needs all classes. None: all prototypes.
+            estimate with a small bias (`losses.pixel_prototype_contrast`), that saves the exponentials of the others;
+            the cross-entropy still needs all classes. None: all prototypes.
         reseed_after: steps a prototype may idle (less than a tenth of its share) while its class is seen, before it is
             set on the pixel of its class that is least like its own prototypes; None switches that off.
         align_corners: of the bilinear resize from scores to labels.
@@ -217,10 +218,7 @@ class PrototypeHead(nn.Module):
         self.register_buffer("length", torch.ones(shape))
         self.register_buffer("usage", torch.full(shape, 1 / num_prototypes))  # share of the class, moving average
         self.register_buffer("idle", torch.zeros(shape))  # steps in which the class was seen and this was idle
-        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
-        if weights is not None and weights.shape != (num_classes,):
-            raise ValueError(f"class_weights needs {num_classes} numbers, given {weights.numel()}")
-        self.register_buffer("class_weights", weights)
+        self.register_buffer("class_weights", weights_of_classes(class_weights, num_classes))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, num_prototypes={self.num_prototypes}, embed_dim={self.embed_dim}"

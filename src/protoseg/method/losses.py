@@ -6,6 +6,7 @@ data-parallel training averages gradients over ranks. Without a labelled pixel a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +67,20 @@ def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int
                 f"labels hold {int(bad[0])} ({bad.numel()} pixels out of range), but the head has "
                 f"{num_classes} classes; set num_classes or ignore_index (now {ignore_index})"
             )
+
+
+def weights_of_classes(weights: Sequence[float] | None, num_classes: int) -> Tensor | None:
+    """(C,) fp32 weights of the cross-entropy, or None for none.
+
+    Raises:
+        ValueError: not C of them.
+    """
+    if weights is None:
+        return None
+    tensor = torch.as_tensor(weights, dtype=torch.float32)
+    if tensor.shape != (num_classes,):
+        raise ValueError(f"class_weights needs {num_classes} numbers, given {tensor.numel()}")
+    return tensor
 
 
 def ranks_share(total: Reduction) -> float:

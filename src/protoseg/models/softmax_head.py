@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.method.head import Projection, build_projection
-from protoseg.method.losses import Losses, check_labels, segmentation_cross_entropy
+from protoseg.method.losses import Losses, check_labels, segmentation_cross_entropy, weights_of_classes
 
 
 class SoftmaxHead(nn.Module):
@@ -45,10 +45,7 @@ class SoftmaxHead(nn.Module):
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.ignore_index = ignore_index
-        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
-        if weights is not None and weights.shape != (num_classes,):
-            raise ValueError(f"class_weights needs {num_classes} numbers, given {weights.numel()}")
-        self.register_buffer("class_weights", weights)
+        self.register_buffer("class_weights", weights_of_classes(class_weights, num_classes))
         self.projection = build_projection(in_channels, embed_dim, projection)
         self._build_classifier()
 
