@@ -1,6 +1,6 @@
 """One training step of the head: the release as written, our plain lines, our one pass, the floor, a softmax head.
 
-    python -m benchmarks.head [--shape C150 ...] [--full] [--rounds 5] [--memory] [--device cuda] [--json out.json]
+    python -m benchmarks.head [--shape C150 ...] [--full] [--rounds 5] [--memory] [--compiled] [--device cuda]
 
 One thread, process CPU time (so other work on the machine counts little; wall time on a GPU), contestants interleaved
 in one process, medians; a ratio is the median of the rounds' ratios. A step is losses, gradient to the features and the
@@ -34,6 +34,7 @@ from oracles.reference_loop import ReferenceHead
 from protoseg import kernels
 from protoseg.kernels import gemm, similarity
 from protoseg.method.head import PrototypeHead
+from protoseg.method.losses import Losses
 
 K, VOID = 10, 255
 
@@ -93,8 +94,8 @@ def batch(shape: Shape, side: int, device: str, prototypes: int = K) -> tuple[Te
     return features.to(device).permute(0, 3, 1, 2), labels.to(device), centres.to(device)
 
 
-def contestants(shape: Shape, side: int, device: str) -> dict[str, Callable[[], object]]:
-    """name -> one step."""
+def contestants(shape: Shape, side: int, device: str, compiled: bool = False) -> dict[str, Callable[[], object]]:
+    """name -> one step; `compiled` adds the release and our plain lines through `torch.compile`."""
     torch.manual_seed(0)
     features, labels, centres = batch(shape, side, device)
     features.requires_grad_(True)
@@ -142,7 +143,19 @@ def contestants(shape: Shape, side: int, device: str) -> dict[str, Callable[[], 
 
         return step
 
-    return {
+    def plain_compiled() -> Callable[[], None]:
+        head = heads["default"]
+        made = torch.compile(lambda: _traced(head.losses(features, labels)), fullgraph=True)  # sees the plain lines
+
+        def step() -> None:
+            features.grad = None
+            losses = Losses(*made())
+            losses.total.backward()
+            head.update(losses)
+
+        return step
+
+    steps: dict[str, Callable[[], object]] = {
         "release": parametric(loop.loss),
         "plain": ours("default", plain=True),
         "one pass": ours("default"),
@@ -152,6 +165,14 @@ def contestants(shape: Shape, side: int, device: str) -> dict[str, Callable[[], 
         "floor, mm": floor(False),
         "softmax": parametric(twin.loss),
     }
+    if compiled:
+        steps |= {"release, compiled": parametric(torch.compile(loop.loss)), "plain, compiled": plain_compiled()}
+    return steps
+
+
+def _traced(losses: Losses) -> tuple[Tensor | None, ...]:
+    """What `update` wants, as a compiler may return it."""
+    return losses.total, losses.ce, losses.ppc, losses.ppd, losses.assignment, losses.embedding, losses.moving
 
 
 def clusterings(shape: Shape, side: int, device: str) -> dict[str, Callable[[], object]]:
@@ -274,7 +295,8 @@ def machine(device: str) -> dict[str, object]:
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     shape = SHAPES[name]
     side = shape.full_side if arguments.full else shape.side
-    seconds = timed(contestants(shape, side, arguments.device), arguments.rounds, arguments.device)
+    steps = contestants(shape, side, arguments.device, arguments.compiled)
+    seconds = timed(steps, arguments.rounds, arguments.device)
     clustering = clusterings(shape, side, arguments.device)
     loops = timed(clustering, arguments.rounds, arguments.device)
     ours = seconds["one pass"]
@@ -291,6 +313,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
         "class loop / clustering + update": ratio(loops["class loop"], loops["clustering + update"]),
         "operations": {k: operations(v) for k, v in clustering.items()},
     }
+    found |= {f"{name} / one pass": ratio(seconds[name], ours) for name in seconds if "compiled" in name}
     if arguments.memory:
         found["peak MB"] = {}
         for contestant in ("release", "plain", "one pass", "softmax"):
@@ -322,6 +345,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="128 x 128 features instead of 64 x 64")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="also the release and our plain lines in torch.compile")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", default="")
