@@ -150,9 +150,9 @@ def sweep(
     kernels = _kernels(batch, target)
     columns = budget // ((C if shard is None else shard.widest) * (1 if kernels and not kernels.tabled else K))
     bands = _bands(B, h, w, max(FEWEST_COLUMNS, columns))
-    widest = max((len(images) * len(rows) * w for images, rows in bands), default=0) + (w if resized else 0)
-    widest = widest if batch.negatives is None and kernels is None else 0
-    work = new(C * K * widest)  # one for all bands: fresh memory costs page faults
+    widest = max((len(images) * len(rows) * w for images, rows in bands), default=0)
+    tabled = batch.negatives is None and kernels is None
+    work = new(C * K * widest if tabled else 0)  # one for all bands: fresh memory costs page faults
 
     swept = Swept(
         ce=new(()).zero_(),

@@ -1,5 +1,5 @@
-"""`similarity.c`: what lies between and after the two products of a band, on the CPU. Each function answers whether it
-applies to what it is given; where it does not, callers take their PyTorch lines."""
+"""`similarity.c`: what lies between and after the two products of a band, on the CPU. Callers ask `takes` first and have
+PyTorch lines for where it says no."""
 
 from __future__ import annotations
 
@@ -116,6 +116,7 @@ class Cosines:
         negatives: Tensor | None,
         negative_weight: float,
     ):
+        """The last three are those of `similarity.Batch` and `Settings`; the rest as in `gpu.similarity.Cosines`."""
         self.embedding = embedding
         self.num_classes, self.num_prototypes, _ = prototypes.shape
         self.flat = prototypes.flatten(0, 1)
