@@ -1,5 +1,5 @@
-"""`similarity.c`: what lies between and after the two products of a band, on the CPU. Callers ask `takes` first and have
-PyTorch lines for where it says no."""
+"""`similarity.c`: what lies between and after the two products of a band, on the CPU. Callers ask `takes` first and
+have PyTorch lines for where it says no."""
 
 from __future__ import annotations
 
