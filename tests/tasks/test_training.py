@@ -283,7 +283,8 @@ def test_loader_processes_end_with_the_run_and_on_sigterm(tmp_path, monkeypatch)
 
     def look(self, *_):
         self._between_steps = False
-        workers[:] = multiprocessing.active_children()
+        # The first one started has given this batch; the other may not have come to its own signals yet.
+        workers[:] = sorted(multiprocessing.active_children(), key=lambda worker: worker.pid)
         os.kill(workers[0].pid, signal.SIGTERM)
         workers[0].join(5)
         raise Killed
