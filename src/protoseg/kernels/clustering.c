@@ -5,12 +5,8 @@
 
 #ifndef REAL
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "native.h"
 
-enum { DONE, NO_MEMORY, OUT_OF_RANGE };        /* what a function returns */
 enum { CONSTANT, BIAS_CORRECTED, COUNT_AWARE }; /* rules of the momentum */
 
 #define BLOCK 512 /* pixels whose K numbers stay in the first cache */
@@ -52,17 +48,6 @@ static Block *blocks_of(const int64_t *starts, int64_t C, int64_t *count) {
 #else
 #define PREFETCH(address)
 #endif
-
-#ifdef _OPENMP
-int omp_get_thread_num(void); /* without omp.h, which a compiler may lack */
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
-
-#define JOIN(a, b) a##_##b
-#define NAMED(a, b) JOIN(a, b)
-#define NAME(function) NAMED(function, REAL)
 
 #define REAL float
 #include "clustering.c"

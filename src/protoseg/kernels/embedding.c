@@ -3,25 +3,9 @@
 
 #ifndef REAL
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-enum { DONE, NO_MEMORY }; /* what a function returns */
+#include "native.h"
 
 #define HELD 1e-12 /* a length is held at it, as in `method.similarity.unit` */
-
-#ifdef _OPENMP
-int omp_get_thread_num(void); /* without omp.h, which a compiler may lack */
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
-
-#define JOIN(a, b) a##_##b
-#define NAMED(a, b) JOIN(a, b)
-#define NAME(function) NAMED(function, REAL)
 
 #define REAL float
 #include "embedding.c"

@@ -95,6 +95,8 @@ def _compiler() -> list[str] | None:
 def _made(source: Path, command: list[str]) -> Path:
     """The path of the library, compiled unless it is there."""
     key = hashlib.sha256(source.read_bytes())
+    for header in sorted(source.parent.glob("*.h")):
+        key.update(header.read_bytes())
     key.update("\0".join([*command, _version(command[0]), sys.platform, os.uname().machine]).encode())
     library = _folder() / f"{source.stem}-{key.hexdigest()[:24]}.so"
     if not library.exists():

@@ -7,12 +7,7 @@
 
 #ifndef REAL
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-enum { DONE, NO_MEMORY, OUT_OF_RANGE }; /* what a function returns */
+#include "native.h"
 
 #define BLOCK 128  /* pixels */
 #define HELD 1e-12 /* a length is held at it, as in `method.similarity.unit` */
@@ -65,17 +60,6 @@ static inline double exp_double(double x) {
   memcpy(&power, &bits, sizeof power);
   return p * power;
 }
-
-#ifdef _OPENMP
-int omp_get_thread_num(void); /* without omp.h, which a compiler may lack */
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
-
-#define JOIN(a, b) a##_##b
-#define NAMED(a, b) JOIN(a, b)
-#define NAME(function) NAMED(function, REAL)
 
 #define REAL float
 #include "similarity.c"
