@@ -33,12 +33,7 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the operators take these floating tensors: all on the CPU, all of one of the types."""
-    first = tensors[0]
-    return (
-        first.dtype in native.TYPES
-        and all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
-        and available()
-    )
+    return native.alike(*tensors) and available()
 
 
 def _call(function: str, *arguments: Tensor | int | float) -> None:

@@ -82,6 +82,13 @@ def drawn_negatives(
     return far, near, _total(far.sum(0) + near.sum(0), shard), shift
 
 
+def add_drawn(weights: Tensor, far: Tensor, near: Tensor, negatives: Tensor, classes: Tensor) -> None:
+    """In place: what `drawn_negatives` gave, weighted, joins the (C*K, n) weights of all prototypes."""
+    K = len(near)
+    weights.index_add_(0, negatives.clamp(min=0), far)
+    weights.view(-1, K, weights.shape[1]).scatter_add_(0, classes.clamp(min=0).expand(1, K, -1), near[None])
+
+
 def _largest(values: Tensor, shard: Shard | None) -> Tensor:
     return values if shard is None else shard.largest(values)
 

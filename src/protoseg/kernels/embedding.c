@@ -5,8 +5,6 @@
 
 #include "native.h"
 
-#define HELD 1e-12 /* a length is held at it, as in `method.similarity.unit` */
-
 #define REAL float
 #include "embedding.c"
 #undef REAL

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define HELD 1e-12 /* a length is held at it, as in `method.similarity.unit` */
+
 enum { DONE, NO_MEMORY, OUT_OF_RANGE }; /* what a function returns */
 
 #ifdef _OPENMP

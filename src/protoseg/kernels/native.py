@@ -51,10 +51,15 @@ def load(source: Path) -> ctypes.CDLL | None:
     return None
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether C could read these floating tensors: all on the CPU, with memory of their own, of one of the types."""
+def alike(*tensors: Tensor) -> bool:
+    """Whether these floating tensors are all on the CPU and of one of the types."""
     dtype = tensors[0].dtype
-    return dtype in TYPES and all(t.dtype == dtype and t.device.type == "cpu" and type(t) in REAL for t in tensors)
+    return dtype in TYPES and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether C could read these floating tensors: `alike`, with memory of their own."""
+    return alike(*tensors) and all(type(t) in REAL for t in tensors)
 
 
 def call(library: ctypes.CDLL | None, function: str, *arguments: Tensor | int | float | None) -> None:

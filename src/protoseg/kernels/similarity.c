@@ -9,8 +9,7 @@
 
 #include "native.h"
 
-#define BLOCK 128  /* pixels */
-#define HELD 1e-12 /* a length is held at it, as in `method.similarity.unit` */
+#define BLOCK 128 /* pixels */
 
 /* e^x for x <= 0 or little more. 2^n e^r with |r| <= ln(2) / 2: the sum with MAGIC rounds to n, which its lowest bits
    then hold; no branch and no call, so loops over it become vectors. Below the smallest normal number it stays there:
@@ -88,7 +87,7 @@ int NAME(unit_rows)(const REAL *raw, int64_t n, int64_t D, REAL *unit, int64_t t
 
 /* Cosines of a band -> the nearest prototype of every class, those with the own class, and log-sum-exp of cosine / tau.
    table: (C*K, n), rows `stride` apart. classes: (n) or -1 for void. target: (n) prototype where the own class's others
-   are left out of the sum, or NULL. slope: 1 / tau. best: (C, n). own: (K, n), rows `own_stride` apart, or NULL.
+   are left out of the sum, or NULL. slope: 1 / tau. best: (C, n). own: (K, n), rows `own_stride` apart.
    log_sum: (n), or NULL. one_sweep: whether e^(-2 / tau) is a number, so that the largest cosine need not be known. */
 int NAME(nearest)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64_t n, const int64_t *classes,
                   const int64_t *target, double slope, REAL *best, REAL *own, int64_t own_stride, REAL *log_sum,
@@ -100,8 +99,7 @@ int NAME(nearest)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64
     const int64_t *mine = classes + start, *given = target ? target + start : NULL;
     REAL shift[BLOCK], mass[BLOCK] = {0};
     int32_t class[BLOCK];
-    if (own || given)
-      for (int64_t i = 0; i < length; i++) class[i] = (int32_t)mine[i];
+    for (int64_t i = 0; i < length; i++) class[i] = (int32_t)mine[i];
     for (int64_t i = 0; i < length; i++) shift[i] = one_sweep ? a : -INFINITY;
     for (int64_t c = 0; c < C; c++) {
       const REAL *first = table + c * K * stride + start;
@@ -150,11 +148,10 @@ int NAME(nearest)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64
           if (given[i] >= 0) mass[i] += NAME(exp)(table[given[i] * stride + start + i] * a - shift[i]);
       for (int64_t i = 0; i < length; i++) log_sum[start + i] = (REAL)log(mass[i]) + shift[i];
     }
-    if (own)
-      for (int64_t i = 0; i < length; i++) {
-        const REAL *from = table + (class[i] < 0 ? 0 : class[i]) * K * stride + start + i;
-        for (int64_t k = 0; k < K; k++) own[k * own_stride + start + i] = from[k * stride];
-      }
+    for (int64_t i = 0; i < length; i++) {
+      const REAL *from = table + (class[i] < 0 ? 0 : class[i]) * K * stride + start + i;
+      for (int64_t k = 0; k < K; k++) own[k * own_stride + start + i] = from[k * stride];
+    }
   }
   return DONE;
 }

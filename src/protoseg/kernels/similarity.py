@@ -130,7 +130,6 @@ def sweep(
     C, K, D = batch.prototypes.shape
     N = len(batch.embedding)
     flat = batch.prototypes.flatten(0, 1)  # CK D
-    transposed = flat.T.contiguous()
     new = batch.embedding.new_empty
     B, h, w = s.size
     labels, resized = batch.labels, batch.labels.shape[1:] != (h, w)
@@ -147,7 +146,8 @@ def sweep(
     shard = batch.shard
     valid = batch.classes >= 0
     classes = batch.classes if shard is None else shard.local(batch.classes)
-    kernels = _kernels(batch, target)
+    kernels = _kernels(batch, classes, target)
+    transposed = flat.T.contiguous() if kernels is None else flat  # `finish` alone wants it
     columns = budget // ((C if shard is None else shard.widest) * (1 if kernels and not kernels.tabled else K))
     bands = _bands(B, h, w, max(FEWEST_COLUMNS, columns))
     widest = max((len(images) * len(rows) * w for images, rows in bands), default=0)
@@ -196,8 +196,7 @@ def sweep(
             mass.mul_(push).view(C, K, -1).addcmul_(tied, best_gradient[:, None])
         else:
             mass = tied.mul_(best_gradient[:, None]).view(C * K, -1)
-            mass.index_add_(0, batch.negatives.clamp(min=0), far.mul_(push))
-            table.scatter_add_(0, classes[part].clamp(min=0).expand(1, K, -1), near.mul_(push)[None])
+            contrast.add_drawn(mass, far.mul_(push), near.mul_(push), batch.negatives, classes[part])
         gemm.weighted_prototypes(mass, flat, transposed, swept.gradient[part])
 
     # The last row of a band, which still gets gradient from below: what `finish` wants of it, its widened scores, their
@@ -418,11 +417,17 @@ def class_cosines(raw: Tensor, prototypes: Tensor) -> Tensor:
     return best.T
 
 
-def _kernels(batch: Batch, target: Tensor | None) -> gpu_similarity.Cosines | similarity_cpu.Cosines | None:
-    """The fused kernels of one sweep, Triton's or C's, where they are at hand and know what is asked."""
+def _kernels(
+    batch: Batch, classes: Tensor, target: Tensor | None
+) -> gpu_similarity.Cosines | similarity_cpu.Cosines | None:
+    """The fused kernels of one sweep, Triton's or C's, where they are at hand and know what is asked.
+
+    Args:
+        classes: (N,) those of the batch, -1 for void or another rank's.
+    """
     s = batch.settings
     siblings = s.siblings or target is None
-    known = (batch.embedding, batch.prototypes, batch.classes, target, s.temperature, siblings)
+    known = (batch.embedding, batch.prototypes, classes, target, s.temperature, siblings)
     way = gpu.way(batch.embedding.device, batch.embedding.dtype)
     if way is not None and batch.shard is None and batch.negatives is None:
         from protoseg.kernels.gpu import similarity as gpu_similarity

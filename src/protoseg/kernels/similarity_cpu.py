@@ -122,7 +122,7 @@ class Cosines:
         self.flat = prototypes.flatten(0, 1)
         self.transposed = self.flat.T.contiguous()
         self.shard = shard
-        self.classes = classes if shard is None else shard.local(classes)
+        self.classes = classes
         self.target = None if siblings else target
         self.temperature, self.slope = temperature, 1 / temperature
         self.negatives, self.negative_weight = negatives, negative_weight
@@ -142,7 +142,7 @@ class Cosines:
 
         Returns:
             (C, n) cosine with the nearest prototype of every class, and what `gradient` wants of these pixels: tensors
-            with the pixels last, to be cut and joined along them.
+            with the pixels last, to be cut along them.
         """
         part, drawn = slice(start, end), self.negatives is not None
         table = gemm.similarities(self.flat, self.embedding[part])
@@ -181,9 +181,7 @@ class Cosines:
         )  # fmt: skip
         if self.negatives is not None:
             far, near = (share * masses for masses in drawn)
-            weights.index_add_(0, self.negatives.clamp(min=0), far)
-            own = classes.clamp(min=0).expand(1, len(near), -1)
-            weights.view(self.num_classes, len(near), -1).scatter_add_(0, own, near[None])
+            contrast.add_drawn(weights, far, near, self.negatives, classes)
         gemm.weighted_prototypes(weights, self.flat, self.transposed, out)
 
     def _sizes(self, table: Tensor) -> tuple[int, int, int]:

@@ -298,7 +298,7 @@ class Cosines:
 
         Returns:
             (C, n) cosine with the nearest prototype of every class, and what `gradient` wants of these pixels: tensors
-            with the pixels last, to be cut and joined along them.
+            with the pixels last, to be cut along them.
         """
         n, C, K = end - start, self.num_classes, self.num_prototypes
         best = self.own.new_empty(C, n)
