@@ -53,3 +53,14 @@ def test_cross_entropy_overwrites_the_logits_with_its_gradient(weights):
     found = upsampling.cross_entropy_(logits, labels, 255, weights, torch.tensor(0.3, dtype=torch.float64))
     assert_close(found, loss.detach(), rtol=0, atol=1e-12)
     assert_close(logits, true.grad, rtol=0, atol=1e-13)
+
+
+def test_what_is_taken_off_is_the_same_without_sorting():
+    table = torch.randn(5, 40, generator=seeded(4))
+    index, values = torch.randint(5, (40,), generator=seeded(5)), torch.rand(40, generator=seeded(6))
+    found = []
+    for sorts in (False, True):
+        found.append(table.clone())
+        upsampling.take_off_(found[-1], index, values, sorts=sorts)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], table)

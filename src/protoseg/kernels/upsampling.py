@@ -70,9 +70,9 @@ def lines(size: int, out: int, align_corners: bool, dtype: torch.dtype, device: 
     low = source.floor().clamp(max=size - 1)
     share = (source - low)[:, None].to(dtype)
     mix = low.long(), torch.cat([1 - share, share], 1)
-    low = low.long()[:, None]
-    matrix = torch.zeros(out, size, device=device, dtype=dtype).scatter_(1, low, 1 - share)
-    matrix.scatter_add_(1, (low + 1).clamp(max=size - 1), share)
+    low, column = low.long()[:, None], torch.arange(size, device=device)
+    matrix = torch.where(column == low, 1 - share, 0)
+    matrix += torch.where(column == (low + 1).clamp(max=size - 1), share, 0)
     return Lines(first, last, matrix, max(1, TAPS * out // size), mix)
 
 
@@ -135,8 +135,22 @@ def cross_entropy_(
     loss = torch.where(valid, weight * (mass.log() - target), 0).sum()
     weight = weight * share
     logits.mul_(weight / mass)
-    logits.scatter_add_(0, index[None], torch.where(here, -weight, 0)[None])
+    sorts = logits.is_cuda and torch.are_deterministic_algorithms_enabled()
+    take_off_(logits, index, torch.where(here, weight, 0), sorts=sorts)
     return loss
+
+
+def take_off_(table: Tensor, index: Tensor, values: Tensor, *, sorts: bool) -> None:
+    """In place: each of the (n,) values off its column of the (C, n) table, in row `index`.
+
+    Args:
+        sorts: whether `scatter_add_` would sort all places first, as it does among deterministic algorithms on a GPU,
+            though no two are the same; then a comparison in passing costs less.
+    """
+    if sorts:
+        table.sub_(torch.where(torch.arange(len(table), device=table.device)[:, None] == index, values, 0))
+    else:
+        table.scatter_add_(0, index[None], -values[None])
 
 
 def strip_cross_entropy(

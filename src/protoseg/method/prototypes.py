@@ -261,8 +261,9 @@ def reseed_(memory: Memory, embedding: Tensor, moving: Tensor, verdict: Tensor, 
     index = longest[..., None].expand(-1, 1, prototypes.shape[2])  # C 1 D, the only rows that may change
     rows = torch.where(due[..., None], unit(vectors)[:, None].to(prototypes.dtype), prototypes.gather(1, index))
     prototypes.scatter_(1, index, rows)
+    seeded = due & (torch.arange(K, device=longest.device) == longest)  # C K
     for held, fresh in ((weight, 1.0), (length, 1.0), (usage, 1 / K), (idle, 0.0)):
-        held.scatter_(1, longest, held.gather(1, longest).masked_fill_(due, fresh))
+        held.masked_fill_(seeded, fresh)
 
 
 def pairwise_cosine(prototypes: Tensor) -> Tensor:

@@ -257,17 +257,23 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextmanager
 def determinism(recipe: Recipe, machine: Machine) -> Iterator[None]:
-    """torch's deterministic algorithms while a run lasts; on a GPU those without one warn instead of failing."""
+    """torch's deterministic algorithms while a run lasts; on a GPU those without one warn instead of failing.
+
+    Fresh memory is not filled with NaN first, as torch would do by default: that writes every table once more.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     benchmark = torch.backends.cudnn.benchmark
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=machine.accelerator == "gpu")
+        torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not recipe.deterministic
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = benchmark
 
 

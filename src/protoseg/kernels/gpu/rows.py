@@ -21,7 +21,7 @@ def _unit(
     row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     d = tl.arange(0, BD)
     inside = (row < n)[:, None] & (d < D)[None]
-    values = tl.load(raw + row[:, None] * stride_n + d[None] * stride_d, mask=inside, other=0.0)
+    values = tl.load(raw + row[:, None] * stride_n + d[None].to(tl.int64) * stride_d, mask=inside, other=0.0)
     length = tl.sqrt(tl.sum(values * values, 1))
     length = tl.maximum(length, tl.full((R,), SHORTEST, length.dtype))
     values = values / length[:, None]
@@ -47,7 +47,7 @@ def _finish(
     own = tl.load(prototypes + tl.maximum(given, 0)[:, None] * D + d[None], mask=inside, other=0.0)
     g = tl.load(gradient + at, mask=inside, other=0.0) + own * pull[:, None]
     x = tl.load(unit_rows + at, mask=inside, other=0.0)
-    values = tl.load(raw + row[:, None] * stride_n + d[None] * stride_d, mask=inside, other=0.0)
+    values = tl.load(raw + row[:, None] * stride_n + d[None].to(tl.int64) * stride_d, mask=inside, other=0.0)
     length = tl.sqrt(tl.sum(values * values, 1))
     shortest = tl.full((R,), SHORTEST, length.dtype)
     radial = tl.where(length > shortest, tl.sum(g * x, 1), 0.0)

@@ -74,7 +74,7 @@ def _round(
         at = i + tl.arange(0, R)
         pixel = tl.load(order + at, mask=at < end, other=0)
         inside = (at < end)[:, None] & (k < K)[None]
-        log_mass = tl.load(own + pixel[:, None] * stride_n + k[None] * stride_k, mask=inside, other=0.0) * SCALE
+        log_mass = tl.load(own + pixel[:, None] * stride_n + k[None].to(tl.int64) * stride_k, mask=inside, other=0.0) * SCALE
         if not FIRST:  # every pixel spends one unit under the factors of the round before
             plan = log_mass + factor[None]
             peak = tl.max(plan, 1)
@@ -101,7 +101,7 @@ def _row_sums(
         at = i + tl.arange(0, R)
         pixel = tl.load(order + at, mask=at < end, other=0)
         inside = (at < end)[:, None] & (d < D)[None]
-        acc += tl.load(rows + pixel[:, None] * stride_n + d[None] * stride_d, mask=inside, other=0.0).to(ACC)
+        acc += tl.load(rows + pixel[:, None] * stride_n + d[None].to(tl.int64) * stride_d, mask=inside, other=0.0).to(ACC)
     at = (tl.program_id(0) * PARTS + tl.program_id(1)).to(tl.int64) * D + d
     tl.store(out + at, tl.sum(acc, 0), mask=d < D)
 

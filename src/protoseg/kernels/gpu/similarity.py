@@ -110,7 +110,7 @@ def _nearest(
                 peak = tl.maximum(peak, s)
                 if OWN:
                     mine = inside & (cls[None] == own_class[:, None])
-                    tl.store(own + k * own_stride + row[:, None] + tl.zeros((R, T), tl.int32), s, mask=mine)
+                    tl.store(own + (tl.zeros((R, T), tl.int64) + k) * own_stride + row[:, None], s, mask=mine)
                 if SUM:
                     t = tl.where((cls < C)[None], s * SCALE, -float("inf"))
                     if not SIBLINGS:
@@ -128,6 +128,12 @@ def _nearest(
             tl.store(at, word_of_peak.to(tl.int16), mask=inside)
     if SUM:
         tl.store(log_sum + tl.program_id(1) * n + row, (top + tl.log2(mass)) * 0.6931471805599453, mask=rows_in)
+
+
+@triton.jit
+def _word(ties, stride, line, row, inside):
+    """(R, T) words of ties, 0 outside."""
+    return tl.load(ties + line.to(tl.int64)[None] * stride + row[:, None], mask=inside, other=0).to(tl.int32) & 0xFFFF
 
 
 @triton.jit
@@ -168,20 +174,18 @@ def _weights(
         cls = c + tl.arange(0, T)
         inside = rows_in[:, None] & (cls < C)[None]
         g = tl.load(slope + cls.to(tl.int64)[None] * slope_stride + row[:, None], mask=inside, other=0.0)
-        at = ties + cls.to(tl.int64)[None] * ties_stride + row[:, None]
         if WORDS == 1:
-            word = tl.load(at, mask=inside, other=1).to(tl.int32) & 0xFFFF
+            word = _word(ties, ties_stride, cls, row, inside)
             g = g / tl.maximum(_set_bits(word), 1).to(ACC)  # none is set where the cosines are nan
         else:
-            since = tl.load(at + C * WORDS * ties_stride, mask=inside, other=0).to(tl.int32)
+            since = _word(ties, ties_stride, C * WORDS + cls, row, inside)
             count = tl.zeros((R, T), tl.int32)
             for w in range(WORDS):
-                word = tl.load(at + w * C * ties_stride, mask=inside & (since <= w), other=0).to(tl.int32) & 0xFFFF
-                count += _set_bits(word)
+                count += _set_bits(_word(ties, ties_stride, w * C + cls, row, inside & (since <= w)))
             g = g / tl.maximum(count, 1).to(ACC)
         for w in range(WORDS):
             if WORDS > 1:
-                word = tl.load(at + w * C * ties_stride, mask=inside & (since <= w), other=0).to(tl.int32) & 0xFFFF
+                word = _word(ties, ties_stride, w * C + cls, row, inside & (since <= w))
             for b in range(tl.minimum(BITS, K - w * BITS)):
                 k = w * BITS + b
                 s = _cosines(

@@ -1,0 +1,150 @@
+"""A step on tensors that only say they are on a GPU: no device is mixed with another and no value is read back.
+
+They have shapes, types and devices but no memory, so every line of the CUDA branches runs here but the kernels
+themselves, which are launched into nothing. Reading a value, or a shape that depends on values, is an error."""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from protoseg.data import augment
+from protoseg.engine.module import zero_unless_
+from protoseg.kernels import gpu
+from protoseg.method.head import PrototypeHead
+
+pytest.importorskip("triton")
+from protoseg.kernels.gpu import rows, segments, similarity  # noqa: E402
+
+CUDA = torch.device("cuda", 0)
+KERNELS = {rows: ("_unit", "_finish"), segments: ("_round", "_row_sums"), similarity: ("_nearest", "_weights")}
+VARIANTS = {
+    "default": {},
+    "reference": {"preset": "reference"},
+    "reference_fixed": {"preset": "reference_fixed"},
+    "no siblings": {"contrast_siblings": False},
+    "drawn negatives": {"contrast_negatives": 12},
+    "kmeans": {"assignment": "kmeans"},
+    "count aware": {"momentum_rule": "count_aware", "start": "data", "update_from": "correct"},
+    "class weights": {"class_weights": [0.5] * 30},
+    "euclidean": {"distance": "euclidean"},
+}
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operations, and those that gave something on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.elsewhere = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.add(str(func))
+        given = out if isinstance(out, tuple | list) else [out]
+        if any(isinstance(t, torch.Tensor) and t.device != CUDA for t in given):
+            self.elsewhere.add(str(func))
+        return out
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that were launched, into nothing."""
+    found = []
+
+    class Launcher:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            assert all(0 < side < (2**31, 2**16, 2**16)[i] for i, side in enumerate(grid))
+            return lambda *values, **named: found.append(self.name)
+
+    for module, names in KERNELS.items():
+        monkeypatch.setattr(module, "launching_on", lambda tensor: nullcontext())
+        for name in names:
+            monkeypatch.setattr(module, name, Launcher(name))
+    monkeypatch.setattr(gpu, "at_hand", lambda device: True)
+    return found
+
+
+@contextmanager
+def pretending():
+    with FakeTensorMode(allow_non_fake_inputs=False), Seen() as seen:
+        yield seen
+    assert seen.elsewhere == set()
+
+
+def head_there(*args, **named):
+    """Made outside, as a start may look at values; to be called inside."""
+    head = PrototypeHead(*args, **named)
+
+    def moved():
+        for module in head.modules():
+            for held in (module._parameters, module._buffers):
+                for name, value in held.items():
+                    if value is not None:
+                        there = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+                        held[name] = nn.Parameter(there) if isinstance(value, nn.Parameter) else there
+        return head
+
+    return moved
+
+
+def step(head, side=32, up=4):
+    features = torch.empty(2, 16, side, side, device=CUDA, requires_grad=True)
+    labels = torch.empty(2, side * up, side * up, dtype=torch.int64, device=CUDA)
+    losses = head.losses(features, labels)  # makes the gradients as well
+    head.update(losses)
+    with torch.no_grad():
+        head(features)
+    return losses
+
+
+@pytest.mark.parametrize("way", ["off", "mm", "bf16", "tf32"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_stays_on_its_device_and_reads_nothing_back(way, variant, launches, monkeypatch):
+    monkeypatch.setenv(gpu.VARIABLE, way)
+    made = head_there(16, 30, embed_dim=24, **VARIANTS[variant])
+    for up in (1, 4):
+        with pretending():
+            assert step(made(), up=up).assignment.device == CUDA
+    assert bool(launches) == (way != "off")
+
+
+def test_reading_a_value_would_be_seen():
+    with pytest.raises(DataDependentOutputException), pretending():
+        bool(torch.empty((), device=CUDA) > 0)
+
+
+@pytest.mark.parametrize("way", ["off", "mm"])
+def test_among_deterministic_algorithms_labels_are_not_sorted(way, launches, monkeypatch):
+    """There `scatter_add_` sorts all label pixels on a GPU, as `index_put_` does."""
+    monkeypatch.setenv(gpu.VARIABLE, way)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    made = head_there(16, 30, embed_dim=24)
+    with pretending() as seen:
+        step(made())
+    assert not [name for name in seen.names if name.startswith(("aten.scatter_add", "aten.index_put"))]
+
+
+def test_batches_are_cut_on_their_device():
+    with pretending() as seen:
+        images = torch.empty(5000, 3, dtype=torch.uint8, device=CUDA)
+        labels = torch.empty(5000, dtype=torch.uint8, device=CUDA)
+        samples = torch.empty(4, augment.FIELDS, dtype=torch.float64, device=CUDA)
+        image, label = augment.cut_batch(
+            images, labels, samples, crop_size=(16, 24), reach=(20, 30), ignore_index=255
+        )
+    assert image.shape == (4, 3, 16, 24)
+    assert label.dtype == torch.int64
+    assert "aten.nonzero.default" not in seen.names
+
+
+def test_gradients_are_judged_on_their_device():
+    with pretending():
+        gradients = [torch.empty(3, 4, device=CUDA), torch.empty(5, dtype=torch.bfloat16, device=CUDA)]
+        zero_unless_(torch.nn.utils.get_total_norm(gradients[:1]).isfinite(), gradients)
