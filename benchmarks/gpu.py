@@ -1,34 +1,50 @@
 """The Triton kernels: what each way of taking products costs, which sizes of blocks are fastest, how far results move.
 
-    python -m benchmarks.gpu [--shape C150 ...] [--way mm tf32 ...] [--side 256] [--blocks] [--json out.json]
+    python -m benchmarks.gpu [--shape C150 ...] [--way mm tf32 ...] [--side 256] [--json out.json]
+    python -m benchmarks.gpu --blocks [--seconds 60] [--shape C150 ...] [--way tf32 ...] [--json out.json]
 
 Wall time with an empty queue, medians, contestants interleaved. For every shape and way: one step of the head (losses,
 gradient to the features, update), its two kernels alone, the relative difference of the gradient from `off` on pixels
 whose two best prototypes of every class are 1e-4 apart, and the share of other assignments. `off` is the plain PyTorch
-bands. The floor is two bare products in the same precision. `--blocks` tries every size of blocks that compiles and
-prints the fastest: what `blocks` in `protoseg/kernels/gpu/similarity.py` should hold for that shape and GPU.
+bands. The floor is two bare products in the same precision. `--blocks` looks for the fastest sizes of blocks, from
+those in use one size at a time, as each costs seconds of compiling: what `blocks` in
+`protoseg/kernels/gpu/similarity.py` should hold for that shape and GPU. It stops after `--seconds` for each shape, way
+and kernel.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.head import SHAPES, K, Shape, batch, clock, machine, timed
+from benchmarks.head import SHAPES, K, Shape, machine, same_precision, timed
+from benchmarks.head import batch as new_batch
 from protoseg.kernels import gpu
 from protoseg.method.head import PrototypeHead
 
+if TYPE_CHECKING:
+    from protoseg.kernels.gpu.similarity import Blocks
+
 WAYS = ("off", "mm", "ieee", "tf32x3", "tf32", "bf16")
 CLEAR = 1e-4
+
+
+@lru_cache(maxsize=1)
+def batch(shape: Shape, side: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Made once, on the CPU: that takes longer than all steps with it."""
+    return new_batch(shape, side, device)
 
 
 def taken(way: str) -> mock._patch_dict:
@@ -38,7 +54,7 @@ def taken(way: str) -> mock._patch_dict:
 def steps(shape: Shape, side: int, device: str, ways: list[str]) -> dict[str, Callable[[], object]]:
     """way -> one step by it, and `floor <precision>` -> two products."""
     features, labels, centres = batch(shape, side, device)
-    features.requires_grad_(True)
+    features = features.detach().requires_grad_(True)
     head = PrototypeHead(shape.dim, shape.classes, projection="none", embed_dim=shape.dim).to(device)
     head.prototypes.copy_(centres)
 
@@ -57,19 +73,18 @@ def steps(shape: Shape, side: int, device: str, ways: list[str]) -> dict[str, Ca
         flat = centres.flatten(0, 1).to(dtype)
 
         def step() -> None:
-            before = torch.backends.cuda.matmul.fp32_precision
-            torch.backends.cuda.matmul.fp32_precision = precision
+            torch.set_float32_matmul_precision(precision)
             width = max(1, 64_000_000 // len(flat))
             for start in range(0, len(rows), width):
                 torch.mm(torch.mm(rows[start : start + width], flat.T), flat)
-            torch.backends.cuda.matmul.fp32_precision = before
+            torch.set_float32_matmul_precision("highest")
 
         return step
 
     found: dict[str, Callable[[], object]] = {way: by(way) for way in ways}
-    found["floor fp32"] = floor("ieee", torch.float32)
-    found["floor tf32"] = floor("tf32", torch.float32)
-    found["floor bf16"] = floor("ieee", torch.bfloat16)
+    found["floor fp32"] = floor("highest", torch.float32)
+    found["floor tf32"] = floor("high", torch.float32)
+    found["floor bf16"] = floor("highest", torch.bfloat16)
     return found
 
 
@@ -114,7 +129,7 @@ def parts(shape: Shape, side: int, device: str, way: str) -> dict[str, Callable[
 
     features, _, centres = batch(shape, side, device)
     rows = torch.nn.functional.normalize(features.permute(0, 2, 3, 1).flatten(0, 2)).contiguous()
-    n = min(len(rows), 64_000_000 // (shape.classes * (K if way == "mm" else 1)))
+    n = min(len(rows), 64_000_000 // (shape.classes * (K if way == "mm" else 1)) // 128 * 128)
     classes = torch.randint(shape.classes, (len(rows),), device=device)
     cosines = Cosines(way, rows, centres, classes, None, 0.1, True)
     cosines.fill(None, 0, len(rows))
@@ -127,39 +142,81 @@ def parts(shape: Shape, side: int, device: str, way: str) -> dict[str, Callable[
     }
 
 
-def best_blocks(shape: Shape, side: int, device: str, way: str, rounds: int) -> None:
-    """Try all sizes; those that do not compile, or do not fit the GPU, say so."""
+def search(
+    start: Blocks, choices: dict[str, tuple[int, ...]], measure: Callable[[Blocks], float | None], until: float
+) -> list[tuple[float, Blocks]]:
+    """Better and better sizes, one at a time from `start`, until none is better or the clock says `until`.
+
+    Args:
+        choices: field of `Blocks` -> what it may be.
+        measure: seconds, or None where the sizes do not work.
+
+    Returns:
+        All that worked, the fastest first.
+    """
+    known = {start: measure(start)}
+    best, at = start, known[start]
+    moved = True
+    while moved:
+        moved = False
+        for field, values in choices.items():
+            for value in values:
+                tried = replace(best, **{field: value})
+                if tried in known:
+                    continue
+                if time.monotonic() > until:
+                    return _fastest(known)
+                known[tried] = seconds = measure(tried)
+                if seconds is not None and (at is None or seconds < at):
+                    best, at, moved = tried, seconds, True
+    return _fastest(known)
+
+
+def _fastest(known: dict[Blocks, float | None]) -> list[tuple[float, Blocks]]:
+    return sorted(((s, b) for b, s in known.items() if s is not None), key=lambda pair: pair[0])
+
+
+def best_blocks(
+    shape: Shape, side: int, device: str, way: str, rounds: int, seconds: float
+) -> dict[str, list[dict[str, float]]]:
+    """nearest, gradient -> sizes and ms, the fastest first."""
     from protoseg.kernels.gpu import similarity
 
-    wide = max(16, 1 << (shape.dim - 1).bit_length())
-    for place, backward in enumerate((False, True)):
-        found = []
-        sizes = itertools.product(
-            (64, 128), (16, 32, 64, 128), {min(wide, 256), 64, 32}, {min(wide, 256), 128} if backward else {16},
-            (4, 8), (2, 3),
-        )  # fmt: skip
-        for size in sizes:
-            tried = similarity.Blocks(*size)
-            usual = similarity.blocks
+    usual = similarity.blocks
+    wide = min(256, max(16, 1 << (shape.dim - 1).bit_length()))
+    few = max(16, 1 << (shape.classes - 1).bit_length())
+    found: dict[str, list[dict[str, float]]] = {}
+    for place, (name, backward) in enumerate({"nearest": False, "gradient": True}.items()):
+        choices: dict[str, tuple[int, ...]] = {
+            "rows": (64, 128),
+            "warps": (4, 8),
+            "classes": tuple(c for c in (16, 32, 64, 128) if c <= few),
+            "stages": (1, 2, 3),
+            "channels": tuple(sorted({wide, 64, 32})),
+        }
+        if backward:
+            choices["out"] = tuple(sorted({wide, 128}))
 
-            def chosen(way, classes, dim, *, backward, tried=tried, usual=usual, wanted=bool(place)):
-                return tried if backward == wanted else usual(way, classes, dim, backward=backward)
+        def measure(tried: Blocks, place: int = place, wanted: bool = backward) -> float | None:
+            def chosen(way: str, classes: int, dim: int, **asked: bool) -> Blocks:
+                return tried if asked["backward"] == wanted else usual(way, classes, dim, **asked)
 
             with mock.patch.object(similarity, "blocks", chosen):
                 try:
                     step = list(parts(shape, side, device, way).values())[place]
-                    step()
-                    seconds = []
-                    for _ in range(rounds):
-                        start = clock(device)
-                        step()
-                        seconds.append(clock(device) - start)
+                    return statistics.median(timed({"": step}, rounds, device)[""])
                 except Exception as reason:  # whatever a compiler or driver may raise at a size too large
                     print(f"  {tried}: {type(reason).__name__}", flush=True)
-                    continue
-            found.append((statistics.median(seconds), tried))
-        for seconds_taken, tried in sorted(found, key=lambda pair: pair[0])[:5]:
-            print(f"  {'gradient' if place else 'nearest'} {1e3 * seconds_taken:.3f} ms {tried}", flush=True)
+                    return None
+
+        start = usual(way, shape.classes, shape.dim, backward=backward)
+        fastest = search(start, choices, measure, time.monotonic() + seconds)
+        now = next((s for s, b in fastest if b == start), float("nan"))
+        print(f"  {name}: in use {start} {1e3 * now:.3f} ms; of {len(fastest)} tried")
+        for each, sizes in fastest[:3]:
+            print(f"    {1e3 * each:.3f} ms {sizes}", flush=True)
+        found[name] = [{"ms": 1e3 * each, **asdict(sizes)} for each, sizes in fastest]
+    return found
 
 
 def main() -> None:
@@ -169,11 +226,13 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="feature rows and columns, a multiple of 8")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--blocks", action="store_true")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of --blocks, for each shape, way and kernel")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     where = (arguments.side, arguments.device)
-    results = {}
+    same_precision(arguments.device)
+    results: dict[str, dict] = {}
     for name in arguments.shape:
         shape = SHAPES[name]
         print(f"{name}: N={shape.images * arguments.side**2} C={shape.classes} D={shape.dim}", flush=True)
@@ -181,7 +240,8 @@ def main() -> None:
             for way in arguments.way:
                 if way not in ("off", "mm"):
                     print(f" {way}")
-                    best_blocks(shape, *where, way, arguments.rounds)
+                    found = best_blocks(shape, *where, way, arguments.rounds, arguments.seconds)
+                    results.setdefault(name, {})[way] = found
             continue
         contestants = steps(shape, *where, arguments.way)
         for way in arguments.way:

@@ -6,7 +6,8 @@
 As in `benchmarks.head`: one thread, process CPU time (wall time on a GPU), contestants interleaved, medians; a step is
 losses, gradient to the features and the update of the prototypes, with labels at feature size. "ours, 1,000 drawn" is
 `contrast_negatives=1000`, another loss. The peak is what one step adds to the resident size, each in a process of its
-own that has stepped four pixels before. The release, whose tables are pixels by prototypes, stops at `--release-gb`.
+own that has stepped four pixels before. The release, whose tables are pixels by prototypes, stops at `--release-gb`: 3,
+or three quarters of a GPU's memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.head import Shape, SoftmaxHead, batch, machine, peak_of, timed
+from benchmarks.head import Shape, SoftmaxHead, batch, machine, peak_of, same_precision, timed
 from oracles.reference_loop import ReferenceHead
 from protoseg.method.head import PrototypeHead
 
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--pixels", type=int, default=2048, help="N of the curves over C and K")
-    parser.add_argument("--release-gb", type=float, default=3.0, help="the release is left out where it needs more")
+    parser.add_argument("--release-gb", type=float, help="the release is left out where it needs more")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", default="")
@@ -220,6 +221,10 @@ def main() -> None:
         draw(json.loads(Path(arguments.draw).read_text()), Path(arguments.png or "growth.png"))
         return
     torch.set_num_threads(arguments.threads)
+    same_precision(arguments.device)
+    if arguments.release_gb is None:
+        on_gpu = arguments.device != "cpu"
+        arguments.release_gb = 0.75 * torch.cuda.mem_get_info(arguments.device)[1] / 2**30 if on_gpu else 3.0
     base = Point(N=arguments.pixels, D=arguments.dim)
     ladders = {axis: [replace(base, **{axis: value}) for value in RUNGS[axis]] for axis in arguments.axis}
     memory = {axis: peaks(axis, points, arguments) for axis, points in ladders.items()}  # before anything has run

@@ -1,13 +1,14 @@
 """One training step of the head: the release as written, our plain lines, our one pass, the floor, a softmax head.
 
-    python -m benchmarks.head [--shape C150 ...] [--full] [--rounds 5] [--memory] [--compiled] [--device cuda]
+    python -m benchmarks.head [--shape C150 ...] [--full] [--rounds 5] [--memory] [--compiled] [--device cuda [--tf32]]
 
 One thread, process CPU time (so other work on the machine counts little; wall time on a GPU), contestants interleaved
 in one process, medians; a ratio is the median of the rounds' ratios. A step is losses, gradient to the features and the
 update of the prototypes, on features after the projection, channels last. The floor is two products of all pixels with
 all prototypes, a band at a time, and one copy of the features. `--memory` adds the peak of one step over the resident
-size before it, each contestant in its own process. The batch: about 20 classes in tiles, 5 % void, features near
-planted prototypes. Real features may tie more, or hold more classes.
+size before it, each contestant in its own process (on a GPU, whose allocator counts, in this one). There products and
+convolutions are all full fp32, or all TF32 with `--tf32`; PyTorch's default mixes them. The batch: about 20 classes in
+tiles, 5 % void, features near planted prototypes. Real features may tie more, or hold more classes.
 """
 
 from __future__ import annotations
@@ -259,9 +260,17 @@ def load_libraries() -> None:
     head.update(losses)
 
 
-def peak_of(step: Callable[[], object], device: str) -> float:
-    """MB one step adds at its peak, in this process; nothing larger was stepped before."""
+def same_precision(device: str, tf32: bool = False) -> None:
+    """One precision of fp32 products on a GPU: by default PyTorch's convolutions are TF32 and its `mm` are not."""
     if device != "cpu":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def peak_of(step: Callable[[], object], device: str) -> float:
+    """MB one step adds at its peak, in this process; on a CPU nothing larger was stepped before."""
+    if device != "cpu":
+        torch.mm(*torch.ones(2, 64, 64, device=device))  # the room cuBLAS takes once and keeps
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
         step()
@@ -287,6 +296,7 @@ def machine(device: str) -> dict[str, object]:
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "fp32 products": torch.get_float32_matmul_precision(),
         "onednn": gemm.has_onednn(),
         "commit": commit.stdout.strip(),
     }
@@ -317,6 +327,10 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.memory:
         found["peak MB"] = {}
         for contestant in ("release", "plain", "one pass", "softmax"):
+            if arguments.device != "cpu":
+                peak = peak_of(contestants(shape, side, arguments.device)[contestant], arguments.device)
+                found["peak MB"][contestant] = peak  # type: ignore[index]
+                continue
             command = [sys.executable, "-m", "benchmarks.head", "--shape", name, "--peak-of", contestant]
             command += ["--device", arguments.device]
             done = subprocess.run(
@@ -347,11 +361,13 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--compiled", action="store_true", help="also the release and our plain lines in torch.compile")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tf32", action="store_true", help="on a GPU")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", default="")
     parser.add_argument("--peak-of", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    same_precision(arguments.device, arguments.tf32)
     if arguments.peak_of:
         shape = SHAPES[arguments.shape[0]]
         side = shape.full_side if arguments.full else shape.side

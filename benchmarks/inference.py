@@ -1,6 +1,6 @@
 """Answers instead of training: a 1x1 convolution beside the prototype head, plain, frozen, in bfloat16 and int8.
 
-    python -m benchmarks.inference [--shape C150 ...] [--rounds 5] [--memory] [--device cuda] [--json out.json]
+    python -m benchmarks.inference [--shape C150 ...] [--rounds 5] [--memory] [--device cuda [--tf32]] [--json out.json]
     python -m benchmarks.inference --model RUN --images 'camvid/test/*.png'     # a trained model on real images
     python -m benchmarks.inference --huge 4000 6000                             # peak memory of one large image
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import head as training
-from benchmarks.head import machine, ratio, resident, timed
+from benchmarks.head import machine, ratio, resident, same_precision, timed
 from protoseg import kernels
 from protoseg.config import Evaluation, Head, Model, UserError
 from protoseg.data.images import read_image
@@ -167,6 +167,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def own_process(name: str, contestant: str, device: str) -> float:
+    if device != "cpu":  # its allocator counts; a process would cost seconds
+        return peak(SHAPES[name], contestant, device)
     command = [sys.executable, "-m", "benchmarks.inference", "--shape", name, "--peak-of", contestant]
     done = subprocess.run(
         [*command, "--device", device], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
@@ -258,6 +260,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tf32", action="store_true", help="on a GPU, convolutions and products both")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", default="")
     parser.add_argument("--model", default="", help="a saved model folder")
@@ -266,6 +269,7 @@ def main() -> None:
     parser.add_argument("--peak-of", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    same_precision(arguments.device, arguments.tf32)
     if arguments.peak_of:
         print(peak(SHAPES[arguments.shape[0]], arguments.peak_of, arguments.device))
         return

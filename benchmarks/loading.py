@@ -33,6 +33,7 @@ from protoseg.data.dataset import SegmentationDataset
 from protoseg.tasks.training import train
 
 Batches = Iterator[dict[str, Any]]
+WAYS = ("files", "cached", "resident")
 
 
 def settings(half: bool, limit: int | None, workers: int) -> Data:
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="180 x 240, as camvid-scratch.yaml")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--way", nargs="*", choices=WAYS, default=list(WAYS), help="--steps knows no `files`")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--each", type=int, default=2, help="batches a round")
     parser.add_argument("--limit", type=int, default=None, help="use only so many pairs")
@@ -147,12 +149,13 @@ def main() -> None:
     data = settings(arguments.half, arguments.limit, arguments.workers)
     if arguments.steps:
         ways = {"cached": replace(data, cache=True), "resident": replace(data, resident=True)}
-        results: dict[str, Any] = {name: trained(each, arguments) for name, each in ways.items()}
+        results: dict[str, Any] = {n: trained(each, arguments) for n, each in ways.items() if n in arguments.way}
         print("| loading | ms a step | of it waiting for data | images/s |\n|---|---|---|---|")
         for name, row in results.items():
             print("| {} | {ms_per_step:.1f} | {data_ms:.1f} | {images_per_second:.0f} |".format(name, **row))
     else:
-        streams = {name: make() for name, make in contestants(data, arguments.batch, device).items()}
+        made = contestants(data, arguments.batch, device)
+        streams = {name: made[name]() for name in arguments.way}
         rates(streams, arguments.batch, 1, len(catalog.find(data, "train")) // arguments.batch, device)  # fills caches
         results = rates(streams, arguments.batch, arguments.rounds, arguments.each, device)
         print("| loading | images/s | times the first |\n|---|---|---|")

@@ -17,7 +17,7 @@ from protoseg.kernels import gpu
 from protoseg.method.head import PrototypeHead
 
 pytest.importorskip("triton")
-from protoseg.kernels.gpu import rows, segments, similarity  # noqa: E402
+from protoseg.kernels.gpu import rows, segments, similarity
 
 CUDA = torch.device("cuda", 0)
 KERNELS = {rows: ("_unit", "_finish"), segments: ("_round", "_row_sums"), similarity: ("_nearest", "_weights")}
@@ -136,9 +136,7 @@ def test_batches_are_cut_on_their_device():
         images = torch.empty(5000, 3, dtype=torch.uint8, device=CUDA)
         labels = torch.empty(5000, dtype=torch.uint8, device=CUDA)
         samples = torch.empty(4, augment.FIELDS, dtype=torch.float64, device=CUDA)
-        image, label = augment.cut_batch(
-            images, labels, samples, crop_size=(16, 24), reach=(20, 30), ignore_index=255
-        )
+        image, label = augment.cut_batch(images, labels, samples, crop_size=(16, 24), reach=(20, 30), ignore_index=255)
     assert image.shape == (4, 3, 16, 24)
     assert label.dtype == torch.int64
     assert "aten.nonzero.default" not in seen.names

@@ -74,7 +74,8 @@ def int8_reason(device: str) -> str:
     """Why int8 products cannot be made on this kind of device; empty where they can."""
     try:
         one = torch.ones(32, 32, dtype=torch.int8, device=device)
-        right = bool((torch._int_mm(one, one.T) == 32).all())  # as `_int8_products` lays them out: Hopper knows no other
+        # laid out as in `_int8_products`: Hopper's library may know no other layout
+        right = bool((torch._int_mm(one, one.T) == 32).all())
     except (AttributeError, RuntimeError, NotImplementedError) as reason:
         return str(reason).splitlines()[0]
     return "" if right else "its int8 product is wrong"

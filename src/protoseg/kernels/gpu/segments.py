@@ -66,6 +66,7 @@ def _round(
     """Program (c, i): for part i of class c the largest log mass of each prototype, and the sum relative to it."""
     start, end = _part(starts, tl.program_id(0), tl.program_id(1), PARTS)
     k = tl.arange(0, WIDE)
+    column = k.to(tl.int64) * stride_k
     top = tl.full((WIDE,), LOWEST, ACC)
     total = tl.zeros((WIDE,), ACC)
     if not FIRST:
@@ -74,7 +75,7 @@ def _round(
         at = i + tl.arange(0, R)
         pixel = tl.load(order + at, mask=at < end, other=0)
         inside = (at < end)[:, None] & (k < K)[None]
-        log_mass = tl.load(own + pixel[:, None] * stride_n + k[None].to(tl.int64) * stride_k, mask=inside, other=0.0) * SCALE
+        log_mass = tl.load(own + pixel[:, None] * stride_n + column[None], mask=inside, other=0.0) * SCALE
         if not FIRST:  # every pixel spends one unit under the factors of the round before
             plan = log_mass + factor[None]
             peak = tl.max(plan, 1)
@@ -96,12 +97,13 @@ def _row_sums(
     """Program (p, i, j): the sum of part i of segment p, channels [j*BD, j*BD + BD)."""
     start, end = _part(starts, tl.program_id(0), tl.program_id(1), PARTS)
     d = tl.program_id(2) * BD + tl.arange(0, BD)
+    column = d.to(tl.int64) * stride_d
     acc = tl.zeros((R, BD), ACC)
     for i in range(start, end, R):
         at = i + tl.arange(0, R)
         pixel = tl.load(order + at, mask=at < end, other=0)
         inside = (at < end)[:, None] & (d < D)[None]
-        acc += tl.load(rows + pixel[:, None] * stride_n + d[None].to(tl.int64) * stride_d, mask=inside, other=0.0).to(ACC)
+        acc += tl.load(rows + pixel[:, None] * stride_n + column[None], mask=inside, other=0.0).to(ACC)
     at = (tl.program_id(0) * PARTS + tl.program_id(1)).to(tl.int64) * D + d
     tl.store(out + at, tl.sum(acc, 0), mask=d < D)
 
