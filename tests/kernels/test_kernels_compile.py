@@ -81,6 +81,20 @@ def test_the_one_pass_compiles_for_hopper_and_fits_it(way, k, d, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_what_the_tests_ask_of_a_gpu_compiles_too(monkeypatch):
+    """float64, two words of ties, nothing that divides by 16."""
+    found = compiled(monkeypatch, similarity, "_nearest"), compiled(monkeypatch, similarity, "_weights")
+    x, p = torch.zeros(37, 18, dtype=torch.float64), torch.zeros(3, 33, 18, dtype=torch.float64)
+    owner = torch.zeros(37, dtype=torch.int64)
+    cosines = similarity.Cosines("mm", x, p, owner, owner, 0.1, siblings=False)
+    best, seen = cosines.nearest(3, 37)
+    cosines.gradient(best, seen, cosines.log_sum[3:], 3, 37, x[3:])
+    for (kernel,) in found:
+        assert kernel.metadata.shared <= SHARED
+        assert ".f64" in kernel.asm["ptx"]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_rows_and_segments_compile_for_hopper(monkeypatch):
     found = [
         compiled(monkeypatch, module, name)
