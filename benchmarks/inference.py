@@ -93,8 +93,8 @@ def contestants(shape: Shape, device: str) -> tuple[dict[str, Callable[[], Tenso
     for precision in ("bf16", "int8"):
         try:
             frozen[precision] = freeze(head, precision=precision, calibration=features, agreement=0.0)
-        except ValueError as reason:  # this machine has no such product
-            print(f"  {reason}")
+        except (ValueError, RuntimeError) as reason:  # this machine has no such product, or not of these sizes
+            print(f"  {precision}: {reason}")
 
     def pixels(scores: Callable[[Tensor], Tensor]) -> Tensor:
         return F.interpolate(scores(features), size=size, mode="bilinear", align_corners=False).argmax(1)

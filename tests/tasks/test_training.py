@@ -470,6 +470,18 @@ def test_every_process_knows_its_rank_before_they_meet(variables, rank, monkeypa
     assert machine.global_rank(2) == rank
 
 
+def test_deterministic_algorithms_last_as_long_as_the_run_and_fill_no_fresh_memory():
+    def settings():
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    before = settings()
+    with training.determinism(small(""), Machine.of(small(""))):
+        assert settings() == (True, False)
+    assert settings() == before
+    with training.determinism(small("", deterministic=False), Machine.of(small(""))):
+        assert settings() == before
+
+
 def test_fewer_devices_accumulate():
     recipe = small("x", batch_size=16, micro_batch=4)
     assert Machine.of(recipe).accumulate == 4

@@ -262,18 +262,19 @@ def determinism(recipe: Recipe, machine: Machine) -> Iterator[None]:
     Fresh memory is not filled with NaN first, as torch would do by default: that writes every table once more.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # whose attributes are made when it is imported
+    fill = memory.fill_uninitialized_memory
     benchmark = torch.backends.cudnn.benchmark
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=machine.accelerator == "gpu")
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        memory.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not recipe.deterministic
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = benchmark
 
 
