@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict] = {
     "class weights": {"class_weights": [0.5, 2.0, 1.0, 3.0], "contrast_siblings": False},
     "re-seeding": {"assignment": "nearest", "reseed_after": 1, "momentum": 0.5},
     "correct only": {"update_from": "correct", "momentum": 0.5},
+    "errors": {"update_from": "errors", "momentum": 0.5, "class_weights": [0.5, 2.0, 1.0, 3.0]},
     "reference": {"preset": "reference"},
 }
 

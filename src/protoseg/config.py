@@ -148,7 +148,7 @@ class Head:
         momentum: mu of the moving average of Eq. (8).
         momentum_rule: how mu follows the number of steps and pixels.
         assignment: how a pixel gets its prototype from the clustering.
-        update_from: move prototypes by all labelled pixels, or by those classified correctly.
+        update_from: move prototypes by all labelled pixels, by those classified correctly, or by what is still wrong.
         kappa: entropy weight of the clustering, Eq. (4).
         sinkhorn_iterations: of the clustering.
         score_scale: what a cosine is multiplied by to be a logit.
@@ -173,7 +173,7 @@ class Head:
     momentum: float | None = None
     momentum_rule: Literal["constant", "bias_corrected", "count_aware"] | None = None
     assignment: Literal["argmax", "nearest", "kmeans", "gumbel"] | None = None
-    update_from: Literal["all", "correct"] | None = None
+    update_from: Literal["all", "correct", "errors"] | None = None
     kappa: float | None = None
     sinkhorn_iterations: int | None = None
     score_scale: float | None = None

@@ -33,6 +33,7 @@ from protoseg.method.prototypes import (
     Memory,
     MomentumRule,
     Start,
+    error_sums,
     move_,
     note_usage_,
     pairwise_cosine,
@@ -117,7 +118,9 @@ class PrototypeHead(nn.Module):
         assignment: `argmax` of the transport plan, `nearest` prototype, `kmeans` inside the batch, `gumbel` (the
             reference's draw for the update, argmax for the losses), or a function with the signature of
             `clustering.balanced_assignment`.
-        update_from: `all` labelled pixels, or only those classified `correct`ly.
+        update_from: `all` labelled pixels, only those classified `correct`ly, or `errors`: all, each by what its class
+            still lacks, and against the classes it wrongly goes to (`prototypes.error_sums`): prototypes that may move
+            fast, at the price of two more products a step.
         across_ranks: `exact`: sums and counts over all ranks, equal to one process with the whole batch; `average`:
             each rank clusters and moves by itself, then the prototypes are averaged (the reference).
         start: `nested` around near-orthogonal directions of the classes; `random` near-orthogonal vectors; `data`: the
@@ -245,6 +248,10 @@ class PrototypeHead(nn.Module):
     def score(self, similarity: Tensor) -> Tensor:
         """(N, C*K) similarities -> (N, C) class scores, the logits of Eq. (2)."""
         return self._score(class_similarity(similarity, len(self.prototypes)))
+
+    def _measured_score(self, cosines: Tensor) -> Tensor:
+        """(n, C*K) cosines -> (n, C) class scores."""
+        return self.score(measured(cosines, self.distance))
 
     def _score(self, nearest: Tensor) -> Tensor:
         scores = nearest * self.log_scale.exp()
@@ -378,7 +385,12 @@ class PrototypeHead(nn.Module):
         verdict = ranks.total(verdict)  # finite where all are, on all ranks: none may drift alone
         memory = Memory(self.prototypes, self.weight, self.length, self.usage, self.idle)
         rule: dict[str, Any] = {"momentum": self.momentum, "rule": self.momentum_rule, "count_cap": self.count_cap}
-        counts = move_(memory, embedding, moving, verdict, total=self._total, **rule)
+        summed = None
+        if self.update_from == "errors":
+            summed = error_sums(
+                embedding, moving, self.prototypes, self._measured_score, self.class_weights, self._total
+            )
+        counts = move_(memory, embedding, moving, verdict, total=self._total, summed=summed, **rule)
         if self.across_ranks == "average" and ranks.world_size() > 1:
             self.prototypes.copy_(unit(ranks.total(self.prototypes / ranks.world_size())))
             counts = ranks.total(counts)  # the log is one for all ranks

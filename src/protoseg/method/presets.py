@@ -67,7 +67,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "feature_norm": ("none", "layer_norm"),
     "distance": ("cosine", "euclidean", "huber"),
     "score_norm": ("none", "layer_norm"),
-    "update_from": ("all", "correct"),
+    "update_from": ("all", "correct", "errors"),
     "across_ranks": ("exact", "average"),
     "start": ("nested", "random", "data", "truncated_normal"),
     "momentum_rule": ("constant", "bias_corrected", "count_aware"),

@@ -6,6 +6,7 @@ owns."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from protoseg import kernels
 from protoseg.method import ranks
 from protoseg.method.clustering import Reduction
-from protoseg.method.similarity import unit
+from protoseg.method.similarity import cosine_similarity, unit
 
 Start = Literal["nested", "random", "data", "truncated_normal"]
 MomentumRule = Literal["constant", "bias_corrected", "count_aware"]
 NESTED = 0.8  # cosine of a nested prototype with its class's direction; 0.64 with its siblings
 USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
 DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
+SCORED, SCORED_ON_GPU = 1_500_000, 64_000_000  # cosines at once in `error_sums`: what stays in cache, what fits
 CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
 
 
@@ -77,12 +79,72 @@ def assigned_sums(
     Returns:
         (count, D) sums and (count,) counts.
     """
+    sums, counts = _local_sums(embedding, prototype, count)
+    return _over_ranks(sums, counts, total)
+
+
+def error_sums(
+    embedding: Tensor,
+    prototype: Tensor,
+    prototypes: Tensor,
+    score: Callable[[Tensor], Tensor],
+    class_weights: Tensor | None = None,
+    total: Reduction = ranks.total,
+) -> tuple[Tensor, Tensor]:
+    """`assigned_sums` of what the classes still get wrong (`update_from="errors"`).
+
+    A pixel counts for the prototype it was given by how much of its probability its class lacks, 1 - P(y given i), and
+    against the nearest prototype of every other class by the probability that class takes, P(c given i). A class's mean
+    cannot turn away from its neighbours; this sum does. Moved by it, a prototype comes to rest where it points along
+
+        sum over i of (1[y_i = c] - P(c given i)) x_i,
+
+    which is what the best softmax regression on vectors of unit length does: the direction is that of the
+    cross-entropy's gradient at feature size, taken without an optimiser, and every prototype stays a weighted sum of
+    pixels. It is not in the paper; learning vector quantisation (Kohonen 1990) moves its prototypes by the same signs.
+
+    Args:
+        embedding: (N, D) unit vectors.
+        prototype: (N,) index in [0, C*K), -1 for pixels that move nothing.
+        prototypes: (C, K, D) the indices belong to.
+        score: (n, C*K) cosines -> (n, C) class scores, as of `PrototypeHead.score` behind its distance.
+        class_weights: (C,) of the cross-entropy: what a pixel of a class counts for; None: all alike.
+
+    Returns:
+        (C*K, D) sums and (C*K,) how many pixels each was given.
+    """
+    C, K, D = prototypes.shape
+    sums = embedding.new_zeros(C * K, D)
+    step = max(1, (SCORED if embedding.device.type == "cpu" else SCORED_ON_GPU) // (C * K))
+    for start in range(0, len(embedding), step):
+        x, given = embedding[start : start + step], prototype[start : start + step]
+        labelled, given = (given >= 0)[:, None], given.clamp(min=0)[:, None]  # n 1
+        cosines = cosine_similarity(x, prototypes)  # n CK
+        nearest = cosines.unflatten(1, (C, K)).argmax(2)  # n C
+        taken = score(cosines).softmax(1).to(x.dtype)  # n C
+        own = given.div(K, rounding_mode="floor")
+        lacking = 1 - taken.gather(1, own)  # n 1
+        weights = torch.zeros_like(cosines).unflatten(1, (C, K))
+        weights.scatter_(2, nearest[..., None], -taken.scatter(1, own, 0)[..., None])
+        weights = weights.flatten(1).scatter_(1, given, lacking)  # n CK
+        counted = labelled.to(x.dtype)
+        if class_weights is not None:
+            counted = counted * class_weights.to(x.dtype)[own]
+        sums.addmm_((weights * counted).T, x)
+    _, counts = _local_sums(embedding[:, :1].contiguous(), prototype, C * K)
+    return _over_ranks(sums, counts, total)
+
+
+def _local_sums(embedding: Tensor, prototype: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if kernels.segment_sums_apply():
-        sums, counts = kernels.segment_sums(embedding, prototype, count)
-    else:
-        index = torch.where(prototype < 0, count, prototype)  # pixels without one go to a row that is dropped
-        sums = embedding.new_zeros(count + 1, embedding.shape[1]).index_add_(0, index, embedding)[:count]
-        counts = embedding.new_zeros(count + 1).index_add_(0, index, embedding.new_ones(len(embedding)))[:count]
+        return kernels.segment_sums(embedding, prototype, count)
+    index = torch.where(prototype < 0, count, prototype)  # pixels without one go to a row that is dropped
+    sums = embedding.new_zeros(count + 1, embedding.shape[1]).index_add_(0, index, embedding)[:count]
+    counts = embedding.new_zeros(count + 1).index_add_(0, index, embedding.new_ones(len(embedding)))[:count]
+    return sums, counts
+
+
+def _over_ranks(sums: Tensor, counts: Tensor, total: Reduction) -> tuple[Tensor, Tensor]:
     if total is not ranks.total or ranks.world_size() == 1:
         return total(sums), total(counts)
     flat = total(torch.cat([sums, counts[:, None]], 1))  # one message for both
@@ -183,6 +245,7 @@ def move_(
     rule: MomentumRule,
     count_cap: float,
     total: Reduction = ranks.total,
+    summed: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`assigned_sums` and `momentum_step`, into the memory.
 
@@ -190,16 +253,18 @@ def move_(
         embedding: (N, D) unit vectors. moving: (N,) prototype each moves, in [0, C*K), -1 for none.
         verdict: () number; where it is not finite nothing moves.
         momentum, rule, count_cap: see `momentum_step`. total: sum over ranks.
+        summed: sums and counts over all ranks to take instead of those of `assigned_sums`.
 
     Returns:
         (C, K) pixels of each prototype.
     """
     C, K, _ = memory.prototypes.shape
     fused = kernels.memory_steps_apply(*memory, embedding, verdict)
-    if fused and (total is not ranks.total or ranks.world_size() == 1):  # nothing to sum with others
+    alone = total is not ranks.total or ranks.world_size() == 1  # nothing to sum with others
+    if fused and alone and summed is None:
         counts = kernels.move_(*memory[:3], embedding, moving, verdict, momentum, rule, count_cap)
         return counts.view(C, K)
-    sums, counts = assigned_sums(embedding, moving, C * K, total)
+    sums, counts = assigned_sums(embedding, moving, C * K, total) if summed is None else summed
     if fused:
         kernels.momentum_step_(*memory[:3], sums, counts, verdict, momentum, rule, count_cap)
         return counts.view(C, K)

@@ -1,0 +1,175 @@
+"""`update_from="errors"`: prototypes moved by what their classes still get wrong."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from oracles.reference import unit
+from protoseg.kernels import plain_only
+from protoseg.method import prototypes as memory
+from protoseg.method.head import PrototypeHead
+from protoseg.method.prototypes import assigned_sums, error_sums, momentum_step
+from protoseg.method.sharded import ShardedPrototypeHead
+
+C, K, D, SCALE = 3, 4, 6, 5.0
+
+
+def random_case(seed, n=40, classes=C, k=K):
+    g = torch.Generator().manual_seed(seed)
+    x = unit(torch.randn(n, D, generator=g, dtype=torch.float64))
+    p = unit(torch.randn(classes, k, D, generator=g, dtype=torch.float64))
+    given = torch.randint(-1, classes * k, (n,), generator=g)
+    return x, p, given
+
+
+def score(cosines, classes=C):
+    return SCALE * cosines.unflatten(1, (classes, -1)).amax(2)
+
+
+def slow_sums(x, given, p, weights):
+    """One pixel, one class at a time, from the definition."""
+    classes, k, _ = p.shape
+    sums, counts = torch.zeros(classes * k, D, dtype=torch.float64), torch.zeros(classes * k, dtype=torch.float64)
+    for i in range(len(x)):
+        if given[i] < 0:
+            continue
+        y = int(given[i]) // k
+        cosine = [[float(x[i] @ p[c, j]) for j in range(k)] for c in range(classes)]
+        probability = torch.tensor([SCALE * max(row) for row in cosine], dtype=torch.float64).softmax(0)
+        counts[given[i]] += 1
+        sums[given[i]] += weights[y] * (1 - probability[y]) * x[i]
+        for c in range(classes):
+            if c != y:
+                nearest = max(range(k), key=lambda j, row=cosine[c]: row[j])
+                sums[c * k + nearest] -= weights[y] * probability[c] * x[i]
+    return sums, counts
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("band", [1, 7 * C * K, 10**6])
+def test_the_sums_are_those_of_the_loop_over_pixels(band, weighted, monkeypatch):
+    monkeypatch.setattr(memory, "SCORED", band)
+    x, p, given = random_case(band % 97)
+    weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64) if weighted else torch.ones(C, dtype=torch.float64)
+    sums, counts = error_sums(x, given, p, score, weights if weighted else None)
+    slow, number = slow_sums(x, given, p, weights)
+    assert_close(sums, slow, rtol=0, atol=1e-13)
+    assert torch.equal(counts, number)
+
+
+def test_given_their_nearest_prototypes_they_are_the_gradient_of_the_cross_entropy():
+    x, p, given = random_case(1)
+    labels = given.clamp(min=0) // K
+    nearest = (x @ p.flatten(0, 1).T).view(-1, C, K).argmax(2).gather(1, labels[:, None])[:, 0] + labels * K
+    p.requires_grad_(True)
+    loss = F.cross_entropy(score(x @ p.flatten(0, 1).T), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, p)
+    sums, _ = error_sums(x, nearest, p.detach(), score)
+    assert_close(sums.view_as(p), -gradient / SCALE, rtol=0, atol=1e-13)
+
+
+def overlapping(seed, n=600):
+    """Two unequally spread classes in one narrow cone: their means lie almost alike."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 2
+    x = 0.3 * torch.randn(n, D, generator=g, dtype=torch.float64)
+    x[:, 0] += 3
+    x[:, 1] += torch.where(labels == 0, 0.5, -0.5)
+    x[:, 2] += 4 * x[:, 1] * (torch.rand(n, generator=g, dtype=torch.float64) < 0.3)
+    return unit(x), labels
+
+
+def settled(x, labels, sums_of, steps=3000, momentum=0.99):
+    p = unit(torch.randn(2, 1, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    weight = torch.full((2, 1), 100.0, dtype=torch.float64)
+    for _ in range(steps):
+        p, *_ = momentum_step(p, weight, torch.ones_like(weight), *sums_of(x, labels, p), momentum=momentum)
+    return p
+
+
+def loss_of(p, x, labels):
+    return float(F.cross_entropy(score(x @ p.flatten(0, 1).T, 2), labels))
+
+
+def test_they_come_to_rest_at_the_best_softmax_regression_on_unit_vectors_and_means_do_not():
+    x, labels = overlapping(0)
+    by_errors = settled(x, labels, lambda x, y, p: error_sums(x, y, p, lambda s: score(s, 2)))
+    by_means = settled(x, labels, lambda x, y, p: assigned_sums(x, y, 2))
+    free = torch.randn(2, 1, D, generator=torch.Generator().manual_seed(9), dtype=torch.float64).requires_grad_(True)
+    optimizer = torch.optim.LBFGS([free], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(score(x @ F.normalize(free, dim=2).flatten(0, 1).T, 2), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    best = loss_of(F.normalize(free.detach(), dim=2), x, labels)
+    assert loss_of(by_errors, x, labels) == pytest.approx(best, abs=1e-6)
+    assert loss_of(by_means, x, labels) > best + 0.05
+
+
+def head(**named):
+    torch.manual_seed(0)
+    made = PrototypeHead(D, C, num_prototypes=K, projection="none", embed_dim=D, update_from="errors", **named).double()
+    made.prototypes.copy_(unit(made.prototypes))  # to the last bit of float64, not of float32
+    return made
+
+
+def batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    features = torch.randn(2, D, 5, 7, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, C, (2, 5, 7), generator=g)
+    labels[0, 0] = 255
+    return features, labels
+
+
+@pytest.mark.parametrize("distance", ["cosine", "huber"])
+@pytest.mark.parametrize("rule", ["constant", "bias_corrected", "count_aware"])
+def test_a_head_moves_by_them(rule, distance):
+    one, plain = (head(momentum=0.7, momentum_rule=rule, distance=distance) for _ in range(2))
+    before = one.prototypes.clone()
+    features, labels = batch()
+    losses = one.losses(features, labels)
+    sums, counts = error_sums(losses.embedding, losses.moving, before, one._measured_score)
+    expected, *_ = momentum_step(
+        before, one.weight.clone(), one.length.clone(), sums, counts, momentum=0.7, rule=rule, count_cap=one.count_cap
+    )
+    one.update(losses)
+    assert_close(one.prototypes, expected, rtol=0, atol=1e-12)
+    with plain_only():
+        plain.update(plain.losses(features, labels))
+    assert_close(plain.prototypes, one.prototypes, rtol=0, atol=1e-12)
+
+
+def test_an_absent_class_keeps_its_bits_though_it_attracts_pixels():
+    one = head(momentum=0.5)
+    features, labels = batch()
+    labels[labels == 1] = 0
+    before = one.prototypes.clone()
+    one.update(one.losses(features, labels))
+    assert torch.equal(one.prototypes[1], before[1])
+    assert not torch.equal(one.prototypes[0], before[0])
+
+
+def test_certain_pixels_move_nothing_and_nothing_becomes_nan():
+    one = head(momentum=0.5, score_scale=1e6, learn_scale=False)
+    before = one.prototypes.clone()
+    features = before[:, 0].T.reshape(1, D, 1, C)
+    one.update(one.losses(features, torch.arange(C).view(1, 1, C)))
+    assert_close(one.prototypes, before, rtol=0, atol=1e-12)
+
+
+def test_without_a_labelled_pixel_nothing_moves():
+    one = head(momentum=0.5)
+    before = one.prototypes.clone()
+    features, labels = batch()
+    one.update(one.losses(features, torch.full_like(labels, 255)))
+    assert torch.equal(one.prototypes, before)
+
+
+def test_classes_over_ranks_refuse_it():
+    with pytest.raises(ValueError, match="update_from"):
+        ShardedPrototypeHead(D, C, update_from="errors")
