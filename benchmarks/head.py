@@ -102,11 +102,10 @@ def contestants(shape: Shape, side: int, device: str, compiled: bool = False) ->
     features.requires_grad_(True)
     loop = ReferenceHead(shape.dim, shape.classes, K).to(device)
     loop.prototypes.data.copy_(centres)
+    named: dict[str, dict] = {"default": {}, "reference": {"preset": "reference"}, "errors": {"update_from": "errors"}}
     heads = {
-        preset: PrototypeHead(shape.dim, shape.classes, projection="none", embed_dim=shape.dim, preset=preset).to(
-            device
-        )
-        for preset in ("default", "reference")
+        name: PrototypeHead(shape.dim, shape.classes, projection="none", embed_dim=shape.dim, **settings).to(device)
+        for name, settings in named.items()
     }
     for head in heads.values():
         head.prototypes.copy_(centres)
@@ -116,14 +115,14 @@ def contestants(shape: Shape, side: int, device: str, compiled: bool = False) ->
     band = similarity.CPU_BAND if device == "cpu" else similarity.GPU_BAND
     width = max(similarity.FEWEST_COLUMNS, band // len(flat))
 
-    def ours(preset: str, plain: bool = False, onednn: bool = True) -> Callable[[], None]:
+    def ours(name: str, plain: bool = False, onednn: bool = True) -> Callable[[], None]:
         def step() -> None:
             features.grad = None
             takes = nullcontext() if onednn else mock.patch.object(gemm, "_onednn_takes", return_value=False)
             with kernels.plain_only() if plain else nullcontext(), takes:
-                losses = heads[preset].losses(features, labels)
+                losses = heads[name].losses(features, labels)
                 losses.total.backward()
-                heads[preset].update(losses)
+                heads[name].update(losses)
 
         return step
 
@@ -162,6 +161,7 @@ def contestants(shape: Shape, side: int, device: str, compiled: bool = False) ->
         "one pass": ours("default"),
         "one pass, mm": ours("default", onednn=False),
         "one pass, reference preset": ours("reference"),
+        "one pass, moved by errors": ours("errors"),
         "floor": floor(True),
         "floor, mm": floor(False),
         "softmax": parametric(twin.loss),
@@ -316,6 +316,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
         "release / one pass": ratio(seconds["release"], ours),
         "release / one pass, mm": ratio(seconds["release"], seconds["one pass, mm"]),
         "release / one pass, reference preset": ratio(seconds["release"], seconds["one pass, reference preset"]),
+        "one pass, moved by errors / one pass": ratio(seconds["one pass, moved by errors"], ours),
         "plain / one pass": ratio(seconds["plain"], ours),
         "one pass / floor": ratio(ours, seconds["floor"]),
         "one pass, mm / floor, mm": ratio(seconds["one pass, mm"], seconds["floor, mm"]),
