@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing import assert_close
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -142,6 +143,14 @@ def test_evaluation_resizes_the_image_only():
     assert out["image"].shape == (3, 19, 28)
     assert out["label"].shape == (40, 60)
     assert same(transforms.evaluation(Data())(sample(), 0, 0), sample())
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (5, 5), (1, 1)])
+def test_a_picture_may_shrink_to_one_pixel(shape):
+    image = sample(*shape)["image"]
+    pixel = transforms.resize_image(image, Data(base_size=1))
+    assert_close(pixel[:, 0, 0].double(), image.double().mean((1, 2)), rtol=0, atol=32)  # triangle weights, not equal
+    assert pixel.shape == (3, 1, 1)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 1024), st.integers(1, 2048))

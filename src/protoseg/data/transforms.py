@@ -217,6 +217,8 @@ def _place(
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(image.shape[-2:]) == size:
         return image
+    if size == (1, 1):  # of planes one after the other PyTorch's AVX2 code cannot make a single pixel
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return F.resize(image, list(size), antialias=True)
 
 
