@@ -21,6 +21,7 @@ from protoseg.kernels.similarity import CPU_BAND, GPU_BAND
 Precision = Literal["full", "bf16", "int8"]
 ROUNDED_BAND = 800_000  # products at once on a CPU where they are rounded: int8 has them as int32 and as fp32
 FEWEST, MOST = 256, 4096  # pixels of a band on a CPU
+SCREENED = 1024  # pixels of a band whose products are no table: what goes into them should stay in cache
 MIXED = 300_000  # scores mixed at once on a CPU
 
 
@@ -153,6 +154,9 @@ def resized_labels(
     align_corners: bool,
     *,
     weigh: Callable[[Tensor], Tensor] | None = None,
+    best: Tensor | None = None,
+    error: Tensor | None = None,
+    refine: Callable[[Tensor], None] | None = None,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
     """Arg-max over classes of the bilinear resize, exact, with nothing of C numbers per output pixel kept.
@@ -164,13 +168,16 @@ def resized_labels(
         rows: (B*h*w, C) scores, pixels in the order (b h w); their arg-max must be right even unweighed.
         size: (B, h, w). out: (H, W).
         weigh: (m,) indices of rows -> (m,) positive factors the rows still lack (one over the embedding's length).
+        best: (B*h*w,) arg-max of the true rows, if known.
+        error: (B*h*w,) by how much the difference of two scores of a row may be wrong; None where the rows are true.
+        refine: makes the rows at (m,) indices true. Asked for where a mix of wrong rows does not tell its arg-max.
         dtype: of the labels.
 
     Returns:
         (B, H, W).
     """
     (B, h, w), (H, W), C = size, out, rows.shape[1]
-    best = best_class(rows).view(B, h, w)
+    best = (best_class(rows) if best is None else best).view(B, h, w)
     if (h, w) == (H, W):
         return best.to(dtype)
     top, bottom, down = taps(h, H, align_corners, rows)
@@ -179,7 +186,19 @@ def resized_labels(
     alike = wide == best[:, :, right]
     labels = torch.empty(B, H, W, dtype=dtype, device=rows.device)
     budget = MIXED if rows.device.type == "cpu" else GPU_BAND
-    strip = max(1, budget // W)
+    strip, piece = max(1, budget // W), max(1, budget // C)
+    open_, left_open = [], 0  # mixes of wrong rows that do not tell: where, of which rows, in which shares
+
+    def settle() -> int:
+        assert refine is not None
+        where, index, share = (torch.cat(part) for part in zip(*open_))
+        refine(index.view(-1))
+        flat = labels.view(-1)
+        for w, i, s in zip(where.split(piece), index.split(piece), share.split(piece)):
+            flat[w] = best_class(F.embedding_bag(i, rows, per_sample_weights=s, mode="sum")).to(dtype)
+        open_.clear()
+        return 0
+
     for b in range(B):
         for y in range(0, H, strip):
             above, below = top[y : y + strip], bottom[y : y + strip]
@@ -188,7 +207,7 @@ def resized_labels(
             target = labels[b, y : y + strip]
             target.copy_(one)
             over, under = (b * h + above) * w, (b * h + below) * w  # where these rows begin
-            for pixels in sure.logical_not_().nonzero().split(max(1, budget // C)):
+            for pixels in sure.logical_not_().nonzero().split(piece):
                 line, column = pixels.unbind(1)
                 a, c, one_side, other = over[line], under[line], left[column], right[column]
                 index = torch.stack([a + one_side, a + other, c + one_side, c + other], 1)
@@ -197,8 +216,24 @@ def resized_labels(
                 if weigh is not None:
                     share = share * weigh(index.view(-1)).view(-1, 4)
                 mixed = F.embedding_bag(index, rows, per_sample_weights=share, mode="sum")  # m C
-                target[line, column] = best_class(mixed).to(dtype)
+                found = best_class(mixed)
+                target[line, column] = found.to(dtype)
+                if error is not None:
+                    unsure = ~(_ahead(mixed, found) > (share * error[index]).sum(1))  # nan is not sure
+                    where = (b * H + y + line) * W + column
+                    open_.append((where[unsure], index[unsure], share[unsure]))
+                    left_open += len(open_[-1][0])
+                    if left_open > piece:
+                        left_open = settle()
+    if open_:
+        settle()
     return labels
+
+
+def _ahead(rows: Tensor, best: Tensor) -> Tensor:
+    """(n, C), (n,) arg-max -> (n,) how far it is ahead of the others. Overwrites the rows."""
+    top = rows.gather(1, best[:, None])
+    return top[:, 0] - rows.scatter_(1, best[:, None], -torch.inf).amax(1)
 
 
 def bands(features: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
