@@ -21,7 +21,6 @@ from protoseg.kernels.similarity import CPU_BAND, GPU_BAND
 Precision = Literal["full", "bf16", "int8"]
 ROUNDED_BAND = 800_000  # products at once on a CPU where they are rounded: int8 has them as int32 and as fp32
 FEWEST, MOST = 256, 4096  # pixels of a band on a CPU
-SCREENED = 1024  # pixels of a band whose products are no table: what goes into them should stay in cache
 MIXED = 300_000  # scores mixed at once on a CPU
 
 
@@ -187,7 +186,10 @@ def resized_labels(
     labels = torch.empty(B, H, W, dtype=dtype, device=rows.device)
     budget = MIXED if rows.device.type == "cpu" else GPU_BAND
     strip, piece = max(1, budget // W), max(1, budget // C)
-    open_, left_open = [], 0  # mixes of wrong rows that do not tell: where, of which rows, in which shares
+    open_: list[
+        tuple[Tensor, Tensor, Tensor]
+    ] = []  # mixes of wrong rows that do not tell: where, of which rows, in which shares
+    left_open = 0
 
     def settle() -> int:
         assert refine is not None

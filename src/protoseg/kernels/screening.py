@@ -107,7 +107,9 @@ def pack(table: Table) -> Screen | None:
     # Row p of the table -> its places: lane, and as which prototype of its class. Classes with fewer prototypes than
     # their block's deepest repeat their first, which changes no maximum.
     deepest = _deepest(table)
-    starts, counts, first = [], [], 0
+    starts: list[int] = []
+    counts: list[int] = []
+    first = 0
     for _, classes, k in table.groups:
         starts += range(first, first + classes * k, k)
         counts += [k] * classes

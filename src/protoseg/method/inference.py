@@ -37,6 +37,7 @@ from protoseg.method.similarity import measured, unit
 
 BORDER = 0.25  # share of feature pixels at a border of classes; in CamVid's masks at stride 4 it is 0.22
 DOUBTFUL = 0.25  # share of pixels that 16 bit codes may leave open; with more they are given up for the rest
+RESIZED = 256  # prototypes from which codes pay through a resize too; with 190 they lost as often as they gained
 
 
 def freeze(
@@ -261,13 +262,14 @@ class FrozenHead(nn.Module):
         features = self._prepared(features)
         N, C, moved = B * h * w, self.num_classes, size != (h, w)
         with torch.autocast(features.device.type, enabled=False):
-            folded, screen, doubtful = self.folded is not None, self.screen, 0
+            folded, doubtful = self.folded is not None, 0
+            screen = screened = self.screen if not moved or self.kept >= RESIZED else None
             table = (self.folded or self.prototypes).table()
             best = torch.empty(N, dtype=torch.int64, device=features.device)
             rows: Tensor | None = None  # N C, times the length; only a resize needs them
             error: Tensor | None = None  # N, of rows
             factor: Tensor | None = None  # N, one over the length, NaN where not yet known
-            for start, raw in self._embeddings(features, hidden=folded, width=screen and kernel.SCREENED):
+            for start, raw in self._embeddings(features, hidden=folded, width=None if screen is None else kernel.MOST):
                 part = slice(start, start + len(raw))
                 if moved and rows is None:
                     rows, error = raw.new_empty(N, C), raw.new_zeros(N)
@@ -289,7 +291,7 @@ class FrozenHead(nn.Module):
             def refine(index: Tensor) -> None:
                 assert rows is not None
                 assert error is not None
-                for part in index[error[index] != 0].unique().split(kernel.SCREENED):
+                for part in index[error[index] != 0].unique().split(kernel.MOST):
                     rows[part], error[part] = self._true_rows(features, part, table), 0
 
             def weigh(index: Tensor) -> Tensor:
@@ -298,7 +300,7 @@ class FrozenHead(nn.Module):
                     self._learn_lengths(features, index, factor)
                 return factor[index]
 
-            for index in (best < 0).nonzero()[:, 0].split(kernel.SCREENED):
+            for index in (best < 0).nonzero()[:, 0].split(kernel.MOST):
                 true = self._true_rows(features, index, table)
                 best[index] = kernel.best_class(true)
                 if rows is not None and error is not None:
@@ -307,7 +309,7 @@ class FrozenHead(nn.Module):
                 return best.view(B, h, w).to(dtype) if N else torch.empty(B, *size, dtype=dtype, device=best.device)
             return kernel.resized_labels(
                 rows, (B, h, w), size, self.align_corners, weigh=weigh if self.plain_scores else None, best=best,
-                error=error if self.screen is not None else None, refine=refine, dtype=dtype,
+                error=None if screened is None else error, refine=refine, dtype=dtype,
             )  # fmt: skip
 
     def _rows(self, raw: Tensor, table: kernel.Table) -> Tensor:
