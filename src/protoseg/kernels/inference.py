@@ -115,7 +115,7 @@ def _maxima(products: Tensor, table: Table) -> Tensor:
 def _bf16_products(vectors: Tensor, rows: Tensor) -> Tensor:
     if vectors.device.type == "cuda":
         return torch.mm(vectors, rows.T, out_dtype=torch.float32)
-    if vectors.device.type == "cpu" and rows.numel() and gemm.has_onednn():
+    if vectors.device.type == "cpu" and rows.numel() and gemm.has_onednn(torch.bfloat16):
         return torch.ops.mkldnn._linear_pointwise(vectors, rows, None, "none", [], "")
     return vectors @ rows.T
 
