@@ -146,6 +146,18 @@ def taps(size: int, out: int, align_corners: bool, like: Tensor) -> tuple[Tensor
     return low, (low + 1).clamp_(max=size - 1), (source - low).clamp_(0, 1).to(like.dtype)
 
 
+def border(labels: Tensor) -> Tensor:
+    """(B, h, w) -> indices, in this order, of the pixels of every 2 x 2 square that holds two classes: all that a
+    bilinear resize mixes, where both sides are 2 or more."""
+    one = labels[:, :-1, :-1]
+    mixed = (one != labels[:, 1:, :-1]) | (one != labels[:, :-1, 1:]) | (one != labels[:, 1:, 1:])
+    touched = torch.zeros_like(labels, dtype=torch.bool)
+    for rows in (slice(None, -1), slice(1, None)):
+        for columns in (slice(None, -1), slice(1, None)):
+            touched[:, rows, columns] |= mixed
+    return touched.flatten().nonzero()[:, 0]
+
+
 def resized_labels(
     rows: Tensor,
     size: tuple[int, int, int],

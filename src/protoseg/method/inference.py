@@ -305,6 +305,8 @@ class FrozenHead(nn.Module):
                 best[index] = kernel.best_class(true)
                 if rows is not None and error is not None:
                     rows[index], error[index] = true, 0
+            if factor is not None and folded and size[0] >= h and size[1] >= w:  # all at once what would be asked for
+                self._learn_lengths(features, kernel.border(best.view(B, h, w)), factor)
             if rows is None:
                 return best.view(B, h, w).to(dtype) if N else torch.empty(B, *size, dtype=dtype, device=best.device)
             return kernel.resized_labels(
