@@ -25,7 +25,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,12 +41,14 @@ from protoseg.config import Evaluation, Head, Model, UserError
 from protoseg.data.images import read_image
 from protoseg.engine.windows import segment_labels
 from protoseg.kernels import inference as kernel
+from protoseg.kernels.inference import Precision
 from protoseg.method.head import PrototypeHead
 from protoseg.method.inference import FrozenHead, bilinear_labels, freeze
 from protoseg.models import build, saving
 from protoseg.models.softmax_head import SoftmaxHead
 
 SIDE, UP, WIDE = 128, 4, 256
+ROUNDED: tuple[Precision, ...] = ("bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def left_open(form: FrozenHead, batches: list[Tensor], size: tuple[int, int] | N
 
 
 def contestants(
-    shape: Shape, device: str
+    shape: Shape, device: str, rounded: Sequence[Precision] = ROUNDED
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float], dict[str, float]]:
     """name -> one answer; name -> share of labels kept; name -> share of pixels left open."""
     head, features = trained(shape, device)
@@ -118,7 +120,7 @@ def contestants(
     weight, bias = conv.weight.detach()[:, :, 0, 0], conv.bias
     size = (SIDE * UP, SIDE * UP)
     frozen = {"frozen": freeze(head, calibration=features, agreement=0.0)}
-    for precision in ("bf16", "int8"):
+    for precision in rounded:
         try:
             frozen[precision] = freeze(head, precision=precision, calibration=features, agreement=0.0)
         except ValueError as reason:  # this machine has no such product
@@ -163,7 +165,7 @@ def share(labels: Tensor, expected: Tensor) -> float:
 
 def peak(shape: Shape, name: str, device: str) -> float:
     """MB that one answer adds at its peak in this process, on a heap that keeps nothing of what went before."""
-    steps, _, _ = contestants(shape, device)
+    steps, _, _ = contestants(shape, device, ())
     step = steps[name]
     step()
     if device != "cpu":
@@ -180,7 +182,7 @@ def peak(shape: Shape, name: str, device: str) -> float:
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     shape = SHAPES[name]
-    steps, kept, open_ = contestants(shape, arguments.device)
+    steps, kept, open_ = contestants(shape, arguments.device, arguments.rounded)
     seconds = timed(steps, arguments.rounds, arguments.device)
     found: dict[str, object] = {
         "ms": {k: 1e3 * statistics.median(v) for k, v in seconds.items()},
@@ -296,6 +298,7 @@ def huge(height: int, width: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounded", nargs="*", choices=ROUNDED, default=ROUNDED, help="slow on a CPU without VNNI")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--device", default="cpu")

@@ -155,7 +155,7 @@ def test_threads_layout_and_number_of_pixels_change_nothing():
     assert screening.certain_labels(rows[:0], screen).shape == (0,)
 
 
-@pytest.mark.parametrize("paired", [4096, 10])
+@pytest.mark.parametrize("paired", [2048, 10])
 def test_the_farthest_pair_is_never_nearer_than_it_is(paired, monkeypatch):
     monkeypatch.setattr(screening, "PAIRED", paired)
     points = torch.randn(600, 5, generator=seeded(0), dtype=torch.float64)

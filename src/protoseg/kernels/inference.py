@@ -198,12 +198,12 @@ def resized_labels(
     labels = torch.empty(B, H, W, dtype=dtype, device=rows.device)
     budget = MIXED if rows.device.type == "cpu" else GPU_BAND
     strip, piece = max(1, budget // W), max(1, budget // C)
-    open_: list[
-        tuple[Tensor, Tensor, Tensor]
-    ] = []  # mixes of wrong rows that do not tell: where, of which rows, in which shares
+    # Mixes of wrong rows that do not tell: where, of which rows, in which shares; settled many at once.
+    open_: list[tuple[Tensor, Tensor, Tensor]] = []
     left_open = 0
 
     def settle() -> int:
+        """How many are left: none."""
         assert refine is not None
         where, index, share = (torch.cat(part) for part in zip(*open_))
         refine(index.view(-1))

@@ -31,7 +31,7 @@ from protoseg.kernels.inference import Table
 LENGTH = 39_000.0  # of codes: a product, at most its square and what rounding adds, leaves 2^29 of 2^31 for a bias
 LARGEST = 32_700.0  # code
 WIDEST = 8192  # channels for which this is so
-PAIRED = 4096  # prototypes of which all pairs are looked at
+PAIRED = 2048  # prototypes of which all pairs are looked at
 FEWEST = 64  # prototypes for which it pays
 FILLED = 0.6  # and share of the lanes that hold a class
 
@@ -52,7 +52,6 @@ class Screen:
     bias: Tensor | None
     block: Tensor
     classes: Tensor | None
-    channels: int
     num_classes: int
     worth: float
     spread: float
@@ -100,8 +99,7 @@ def pack(table: Table) -> Screen | None:
     codes = apart.round()  # P D
     bias, largest_bias = None, 0.0
     if table.bias is not None:
-        bias = table.bias[:, 0].double()
-        bias = (bias - (bias.amax() + bias.amin()) / 2) / worth
+        bias = table.bias[:, 0].double() / worth
         largest_bias = float(bias.abs().amax())
 
     # Row p of the table -> its places: lane, and as which prototype of its class. Classes with fewer prototypes than
@@ -122,19 +120,18 @@ def pack(table: Table) -> Screen | None:
         for k in range(depth)
         for lane in range(width)
     ]
-    chosen = torch.tensor(order)
+    chosen = torch.tensor(order, device=exact.device)
     words = (D + 1) // 2
     whole = codes.new_zeros(P, 2 * words)
     whole[:, :D] = codes
     units = whole.to(torch.int16)[chosen].view(-1, width, words, 2).transpose(1, 2).contiguous()
-    block = torch.tensor([b for b, depth in enumerate(deepest) for _ in range(depth)], dtype=torch.int32)
+    block = torch.tensor([b for b, depth in enumerate(deepest) for _ in range(depth)])
     ids = [ids for ids, _, _ in table.groups]
     return Screen(
         units,
         None if bias is None else bias.float()[chosen].view(-1, width).contiguous(),
-        block,
+        block.to(exact.device, torch.int32),
         None if ids[0] is None else torch.cat([i for i in ids if i is not None]).contiguous(),
-        D,
         C,
         worth,
         farthest_pair(apart),
@@ -153,20 +150,21 @@ def _own(D: int, off: float, longest: float, biased: bool) -> float:
     pixel, ulp = LENGTH + math.sqrt(D), 2.0**-24
     product = 2 * (D + 2) * ulp * pixel * longest  # in any order of summation
     after = 2 * 16 * ulp * (2.0**31 + pixel * longest)  # a score as fp32, its factor, four of them mixed
-    bias = 2 * (4 * ulp * 2.0**29 + 1) * biased
+    bias = 2 * (24 * ulp * 2.0**29 + 1) * biased  # as a code, and in all of full precision's sums
     return pixel * off + product + after + bias
 
 
 def farthest_pair(points: Tensor) -> float:
-    """(P, D) -> no less than the largest distance of two; of many points a looser bound, twice the longest."""
+    """(P, D) float64 -> no less than the largest distance of two; of many points a looser bound, twice the longest."""
     squares = points.square().sum(1)
     longest = float(squares.amax())
     if len(points) > PAIRED:
         return 2 * math.sqrt(longest)
-    near = points.float()
-    most = max(float((squares[i : i + 512, None] + squares - 2 * (near[i : i + 512] @ near.T)).amax())
-               for i in range(0, len(points), 512))  # fmt: skip
-    return math.sqrt(most + 4 * (points.shape[1] + 4) * 2.0**-24 * longest)
+    most = max(
+        float((squares[i : i + 512, None] + squares - 2 * (points[i : i + 512] @ points.T)).amax())
+        for i in range(0, len(points), 512)
+    )
+    return math.sqrt(most + 1e-11 * longest)
 
 
 def _deepest(table: Table) -> list[int]:
@@ -186,7 +184,7 @@ def certain_labels(rows: Tensor, screen: Screen, scores: Tensor | None = None, e
         scores: (n, C), filled with the class maxima of p . x + bias less what all prototypes share.
         error: (n,), filled with how far the difference of two scores of a pixel may be from the true one.
     """
-    labels = torch.empty(len(rows), dtype=torch.int64)
+    labels = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     native.call(
         _library(), "screen", rows.contiguous(), *rows.shape, screen.codes, screen.bias, screen.block,
         len(screen.block), screen.classes, screen.num_classes, screen.worth, LENGTH, screen.largest_bias, screen.spread,
