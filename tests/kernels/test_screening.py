@@ -21,7 +21,7 @@ def table(counts, D, *, near=1.0, biased=False, shared=0.0, seed=0):
     sizes = torch.tensor(counts)
     order = torch.argsort(sizes, stable=True)
     vectors = near * F.normalize(torch.randn(sum(counts), D, generator=g), dim=1) + shared * torch.ones(D) / D**0.5
-    bias = 0.1 * torch.randn(sum(counts), 1, generator=g) if biased else None
+    bias = 0.1 * torch.randn(sum(counts), 1, generator=g) + shared if biased else None
     groups, start = [], 0
     for k, classes in zip(*(v.tolist() for v in sizes.unique(return_counts=True))):
         groups.append((order[start : start + classes], classes, k))

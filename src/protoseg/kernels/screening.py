@@ -42,10 +42,10 @@ class Screen:
 
     Attributes:
         codes: (units, words, lanes, 2) int16: a unit is one prototype of each of `lanes` classes; a word two channels.
-        bias: (units, lanes) over `worth`, or None. block: (units,) int32, which classes.
+        bias: (units, lanes) over `worth`, less what all share, or None. block: (units,) int32, which classes.
         classes: (C,) ids in their order, or None.
         worth: s of the equations. spread: max_ij |(u_i + e_i) - (u_j + e_j)|. own: the rest of the margin, in a s.
-        largest_bias: over `worth`.
+        largest_bias: over `worth`; of the whole bias no more than four times this.
     """
 
     codes: Tensor
@@ -99,8 +99,9 @@ def pack(table: Table) -> Screen | None:
     codes = apart.round()  # P D
     bias, largest_bias = None, 0.0
     if table.bias is not None:
-        bias = table.bias[:, 0].double() / worth
-        largest_bias = float(bias.abs().amax())
+        whole = table.bias[:, 0].double() / worth
+        bias = whole - (whole.amax() + whole.amin()) / 2  # of what all share only full precision's rounding is counted
+        largest_bias = max(float(bias.abs().amax()), float(whole.abs().amax()) / 4)
 
     # Row p of the table -> its places: lane, and as which prototype of its class. Classes with fewer prototypes than
     # their block's deepest repeat their first, which changes no maximum.
@@ -122,9 +123,9 @@ def pack(table: Table) -> Screen | None:
     ]
     chosen = torch.tensor(order, device=exact.device)
     words = (D + 1) // 2
-    whole = codes.new_zeros(P, 2 * words)
-    whole[:, :D] = codes
-    units = whole.to(torch.int16)[chosen].view(-1, width, words, 2).transpose(1, 2).contiguous()
+    even = codes.new_zeros(P, 2 * words)
+    even[:, :D] = codes
+    units = even.to(torch.int16)[chosen].view(-1, width, words, 2).transpose(1, 2).contiguous()
     block = torch.tensor([b for b, depth in enumerate(deepest) for _ in range(depth)])
     ids = [ids for ids, _, _ in table.groups]
     return Screen(
@@ -150,7 +151,7 @@ def _own(D: int, off: float, longest: float, biased: bool) -> float:
     pixel, ulp = LENGTH + math.sqrt(D), 2.0**-24
     product = 2 * (D + 2) * ulp * pixel * longest  # in any order of summation
     after = 2 * 16 * ulp * (2.0**31 + pixel * longest)  # a score as fp32, its factor, four of them mixed
-    bias = 2 * (24 * ulp * 2.0**29 + 1) * biased  # as a code, and in all of full precision's sums
+    bias = 2 * (4 * ulp * 2.0**29 + 1 + 20 * ulp * 2.0**31) * biased  # as a code; whole, in full precision's sums
     return pixel * off + product + after + bias
 
 
