@@ -251,6 +251,7 @@ def screened(monkeypatch):
     monkeypatch.setattr(screening, "FEWEST", 1)
     monkeypatch.setattr(screening, "FILLED", 0)
     monkeypatch.setattr(inference, "RESIZED", 1)
+    monkeypatch.setattr(inference, "OUTWEIGHED", 0)
     calls, certain_labels = [], screening.certain_labels
 
     def counted(rows, *args):
@@ -374,10 +375,12 @@ def test_codes_follow_the_prototypes_and_nothing_else_is_screened(screened):
 
 
 def test_few_prototypes_are_not_screened_and_some_not_through_a_resize(screened, monkeypatch):
-    monkeypatch.setattr(inference, "RESIZED", 19)
     frozen, features = freeze(build(8, 9, num_prototypes=2, embed_dim=8).float()), pixels(8).float()
-    frozen.labels(features, (20, 20))
-    assert not screened
+    for name, value in (("RESIZED", 19), ("OUTWEIGHED", 20)):
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, name, value)
+            frozen.labels(features, (20, 20))
+        assert not screened
     frozen.labels(features)
     assert screened
     monkeypatch.setattr(screening, "FEWEST", 19)

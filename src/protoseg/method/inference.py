@@ -41,7 +41,9 @@ from protoseg.method.similarity import measured, unit
 
 BORDER = 0.25  # share of feature pixels at a border of classes; in CamVid's masks at stride 4 it is 0.22
 DOUBTFUL = 0.25  # share of pixels that 16 bit codes may leave open; with more they are given up for the rest
-RESIZED = 256  # prototypes from which codes pay through a resize too; with 190 they lost as often as they gained
+# Through a resize many pixels are made again, so codes pay from this many prototypes on (with 190 they lost as often as
+# they gained) and this many times the layers' arithmetic in the products (at 1.2 times they lost).
+RESIZED, OUTWEIGHED = 256, 2
 
 
 def freeze(
@@ -267,8 +269,8 @@ class FrozenHead(nn.Module):
         N, C, moved = B * h * w, self.num_classes, size != (h, w)
         with torch.autocast(features.device.type, enabled=False):
             folded, doubtful = self.folded is not None, 0
-            screen = screened = self.screen if not moved or self.kept >= RESIZED else None
             table = (self.folded or self.prototypes).table()
+            screen = screened = self.screen if not moved or self._screens_mixes(table) else None
             best = torch.empty(N, dtype=torch.int64, device=features.device)
             rows: Tensor | None = None  # N C, times the length; only a resize needs them
             error: Tensor | None = None  # N, of rows
@@ -317,6 +319,10 @@ class FrozenHead(nn.Module):
                 rows, (B, h, w), size, self.align_corners, weigh=weigh if self.plain_scores else None, best=best,
                 error=None if screened is None else error, refine=refine, dtype=dtype,
             )  # fmt: skip
+
+    def _screens_mixes(self, table: kernel.Table) -> bool:
+        layers = sum(p.numel() for p in self.layers.parameters())
+        return self.kept >= RESIZED and table.vectors.numel() >= OUTWEIGHED * layers
 
     def _rows(self, raw: Tensor, table: kernel.Table) -> Tensor:
         """(n, D) embedding, or what goes into a folded table -> (n, C) scores, or class maxima that rank as they do."""
