@@ -9,6 +9,8 @@ interleaved in one process, medians, a ratio is the median of the rounds' ratios
 `conv, same product` the same 1x1 layer through the library that the prototypes' product takes: the floor of a linear
 head. Shapes ending in `-mlp` start at 256 channels and hold the projection; their `conv` is the plain softmax head on
 those 256 channels, `conv projected` the one behind the same projection. `... to pixels` are labels at 512 x 512.
+`unscreened` is the frozen head without 16 bit codes; "left open" the share of pixels whose scores were made in full
+precision after the codes had not told.
 Prototypes lie on the means of planted clusters and features near them: easier than real features, so what the rounded
 precisions keep is to be taken from `--model`.
 """
@@ -16,13 +18,14 @@ precisions keep is to be taken from `--model`.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import glob
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,12 +41,14 @@ from protoseg.config import Evaluation, Head, Model, UserError
 from protoseg.data.images import read_image
 from protoseg.engine.windows import segment_labels
 from protoseg.kernels import inference as kernel
+from protoseg.kernels.inference import Precision
 from protoseg.method.head import PrototypeHead
-from protoseg.method.inference import bilinear_labels, freeze
+from protoseg.method.inference import FrozenHead, bilinear_labels, freeze
 from protoseg.models import build, saving
 from protoseg.models.softmax_head import SoftmaxHead
 
 SIDE, UP, WIDE = 128, 4, 256
+ROUNDED: tuple[Precision, ...] = ("bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -82,15 +87,40 @@ def trained(shape: Shape, device: str) -> tuple[PrototypeHead, Tensor]:
     return head.eval(), features.contiguous(memory_format=torch.channels_last)
 
 
-def contestants(shape: Shape, device: str) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:
-    """name -> one answer; name -> share of labels kept."""
+def unscreened(form: FrozenHead) -> FrozenHead:
+    twin = copy.deepcopy(form)
+    twin.screen = None
+    return twin
+
+
+def left_open(form: FrozenHead, batches: list[Tensor], size: tuple[int, int] | None = None) -> float:
+    """Share of the feature pixels whose scores `labels` makes in full precision because the codes do not tell."""
+    made, true_rows = [], form._true_rows
+
+    def counted(features: Tensor, index: Tensor, *rest: object) -> Tensor:
+        made.append(len(index))
+        return true_rows(features, index, *rest)
+
+    form._true_rows = counted  # type: ignore[method-assign]
+    try:
+        for features in batches:
+            form.labels(features, size)
+    finally:
+        del form._true_rows  # the instance's; the class keeps its own
+    return sum(made) / sum(features[:, 0].numel() for features in batches)
+
+
+def contestants(
+    shape: Shape, device: str, rounded: Sequence[Precision] = ROUNDED
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float], dict[str, float]]:
+    """name -> one answer; name -> share of labels kept; name -> share of pixels left open."""
     head, features = trained(shape, device)
     conv = nn.Conv2d(features.shape[1], shape.classes, 1).to(device)
     rows = features.permute(0, 2, 3, 1).flatten(0, 2)
     weight, bias = conv.weight.detach()[:, :, 0, 0], conv.bias
     size = (SIDE * UP, SIDE * UP)
     frozen = {"frozen": freeze(head, calibration=features, agreement=0.0)}
-    for precision in ("bf16", "int8"):
+    for precision in rounded:
         try:
             frozen[precision] = freeze(head, precision=precision, calibration=features, agreement=0.0)
         except (ValueError, RuntimeError) as reason:  # this machine has no such product, or not of these sizes
@@ -115,6 +145,8 @@ def contestants(shape: Shape, device: str) -> tuple[dict[str, Callable[[], Tenso
     for name, form in frozen.items():
         steps[name] = partial(form, features)
         steps[f"{name} labels"] = partial(form.labels, features)
+    frozen["unscreened"] = unscreened(frozen["frozen"])
+    steps["unscreened labels"] = partial(frozen["unscreened"].labels, features)
     steps["conv to pixels"] = partial(pixels, conv)
     steps["conv to pixels, our arg-max"] = lambda: bilinear_labels(conv(features), size)
     steps["head to pixels"] = partial(pixels, head)
@@ -122,7 +154,9 @@ def contestants(shape: Shape, device: str) -> tuple[dict[str, Callable[[], Tenso
         steps[f"{name} to pixels"] = partial(form.labels, features, size)
     expected = pixels(head)
     kept = {f"{name} to pixels": share(steps[f"{name} to pixels"](), expected) for name in frozen}
-    return steps, kept
+    form, sizes = frozen["frozen"], {"frozen labels": None, "frozen to pixels": size}
+    open_ = {name: left_open(form, [features], up) for name, up in sizes.items() if form.screen is not None}
+    return steps, kept, open_
 
 
 def share(labels: Tensor, expected: Tensor) -> float:
@@ -131,7 +165,7 @@ def share(labels: Tensor, expected: Tensor) -> float:
 
 def peak(shape: Shape, name: str, device: str) -> float:
     """MB that one answer adds at its peak in this process, on a heap that keeps nothing of what went before."""
-    steps, _ = contestants(shape, device)
+    steps, _, _ = contestants(shape, device, ())
     step = steps[name]
     step()
     if device != "cpu":
@@ -148,7 +182,7 @@ def peak(shape: Shape, name: str, device: str) -> float:
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     shape = SHAPES[name]
-    steps, kept = contestants(shape, arguments.device)
+    steps, kept, open_ = contestants(shape, arguments.device, arguments.rounded)
     seconds = timed(steps, arguments.rounds, arguments.device)
     found: dict[str, object] = {
         "ms": {k: 1e3 * statistics.median(v) for k, v in seconds.items()},
@@ -159,6 +193,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
             k: ratio(v, seconds["conv, same product"]) for k, v in seconds.items() if "to pixels" not in k
         },
         "labels kept": kept,
+        "left open": open_,
     }
     if arguments.memory:
         names = ["conv", "head", "frozen", "conv to pixels", "head to pixels", "frozen to pixels"]
@@ -179,9 +214,9 @@ def own_process(name: str, contestant: str, device: str) -> float:
 def show(name: str, found: dict) -> None:
     shape = SHAPES[name]
     print(f"{name}: C={shape.classes} D={shape.dim}{' behind its projection' if shape.projected else ''}")
-    for title in ("ms", "over conv", "over conv, same product", "labels kept", "peak MB"):
-        if title in found:
-            digits = {"ms": 1, "peak MB": 0, "labels kept": 5}.get(title, 2)
+    for title in ("ms", "over conv", "over conv, same product", "labels kept", "left open", "peak MB"):
+        if found.get(title):
+            digits = {"ms": 1, "peak MB": 0, "labels kept": 5, "left open": 5}.get(title, 2)
             print(f"  {title}: " + ", ".join(f"{k} {v:.{digits}f}" for k, v in found[title].items()))
     sys.stdout.flush()
 
@@ -212,13 +247,16 @@ def on_real_images(folder: str, pattern: str, rounds: int, device: str) -> dict[
                 for f in batches
             ]
         )
-    forms = {
-        "frozen": freeze(model.head, calibration=batches, agreement=0.0),
-        "pruned": freeze(model.head, prune=True, calibration=batches, agreement=0.0),
-        "bf16": freeze(model.head, precision="bf16", calibration=batches, agreement=0.0),
-        "int8": freeze(model.head, precision="int8", calibration=batches, agreement=0.0),
-        "int8, pruned": freeze(model.head, prune=True, precision="int8", calibration=batches, agreement=0.0),
-    }
+    forms = {}
+    for name, named in {
+        "frozen": {}, "pruned": {"prune": True}, "bf16": {"precision": "bf16"}, "int8": {"precision": "int8"},
+        "int8, pruned": {"prune": True, "precision": "int8"},
+    }.items():  # fmt: skip
+        try:
+            forms[name] = freeze(model.head, calibration=batches, agreement=0.0, **named)
+        except ValueError as reason:  # this machine has no such product
+            print(f"  {name}: {reason}")
+    forms["unscreened"] = unscreened(forms["frozen"])
     one, head = batches[0], model.head
     conv = nn.Conv2d(one.shape[1], head.num_classes, 1).to(device)
 
@@ -235,6 +273,11 @@ def on_real_images(folder: str, pattern: str, rounds: int, device: str) -> dict[
         "size": size,
         "form": {name: repr(form).splitlines()[1].strip() for name, form in forms.items()},
         "ms": {name: 1e3 * statistics.median(v) for name, v in seconds.items()},
+        "left open": {
+            name: [left_open(forms[name], batches), left_open(forms[name], batches, size)]
+            for name in ("frozen", "pruned")
+            if forms[name].screen is not None
+        },
         "labels kept at feature size": {name: form.agreement for name, form in forms.items()},
         "labels kept": {
             name: share(torch.cat([form.labels(f, size) for f in batches]), expected) for name, form in forms.items()
@@ -257,6 +300,7 @@ def huge(height: int, width: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounded", nargs="*", choices=ROUNDED, default=ROUNDED, help="slow on a CPU without VNNI")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--device", default="cpu")

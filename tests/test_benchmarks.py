@@ -27,7 +27,7 @@ def test_the_strip_cross_entropy_is_the_plain_one(label_size):
 def test_contestants_at_inference_give_the_same_answers(projected, monkeypatch):
     monkeypatch.setattr(inference, "SIDE", 16)
     monkeypatch.setattr(inference, "WIDE", 32)
-    answers, kept = inference.contestants(inference.Shape(7, 32, projected), "cpu")
+    answers, kept, open_ = inference.contestants(inference.Shape(7, 32, projected), "cpu")
     given = {name: answer() for name, answer in answers.items()}
     close = {"rtol": 0, "atol": 1e-4}
     assert_close(given["conv, same product"].T.reshape(7, 16, 16), given["conv"][0], **close)
@@ -38,5 +38,7 @@ def test_contestants_at_inference_give_the_same_answers(projected, monkeypatch):
     assert given["frozen to pixels"].shape == given["head to pixels"].shape == (1, 64, 64)
     assert min(kept.values()) > 0.98
     assert kept["frozen to pixels"] > 0.999
+    assert torch.equal(given["frozen labels"], given["unscreened labels"])
+    assert all(0 <= share < 0.1 for share in open_.values())
     ours, theirs = given["conv to pixels, our arg-max"], given["conv to pixels"]
     assert (ours == theirs).double().mean() > 0.999

@@ -98,3 +98,24 @@ def test_what_the_vectors_share_is_not_rounded():
         plain = kernel.class_maxima(rows, table(precision, vectors)) - expected
         centred = kernel.class_maxima(rows, table(precision, vectors, centre=vectors.mean(0))) - expected
         assert centred.abs().max() < 0.05 * plain.abs().max()
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(2, 7, 9), (1, 1, 6), (2, 5, 1)])
+def test_the_border_is_what_an_enlargement_mixes(size, align_corners):
+    (B, h, w), C = size, 3
+    coarse = torch.randint(C, (B, (h + 3) // 4, (w + 3) // 4), generator=seeded(0))
+    labels = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :h, :w]
+    asked = []
+
+    def weigh(index):
+        asked.append(index)
+        return torch.ones(len(index))
+
+    kernel.resized_labels(F.one_hot(labels, C).float().view(-1, C), size, (h * 5, w * 5), align_corners, weigh=weigh)
+    found = kernel.border(labels).tolist()
+    if min(h, w) > 1:
+        assert found == torch.cat(asked).unique().tolist()
+        assert 0 < len(found) < labels.numel()
+    else:
+        assert found == []

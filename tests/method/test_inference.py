@@ -1,5 +1,8 @@
 """A frozen head answers as the head it was made from."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heads import build, seeded
 from protoseg.kernels import inference as kernel
+from protoseg.kernels import screening
+from protoseg.method import inference
 from protoseg.method.inference import bilinear_labels, freeze, used_prototypes
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}
@@ -236,3 +241,147 @@ def test_no_table_of_all_pixels_by_all_prototypes_or_at_label_size():
     with Largest() as largest:
         frozen.labels(features, (512, 384))
     assert largest.numbers <= max(kernel.CPU_BAND, kernel.MIXED)  # the table of all label pixels has 5,898,240
+
+
+@pytest.fixture
+def screened(monkeypatch):
+    """Screening however few the prototypes. Answers how many pixels each call was given and left open."""
+    if not screening.lanes():
+        pytest.skip("no C compiler, or no 16 bit products on this CPU")
+    monkeypatch.setattr(screening, "FEWEST", 1)
+    monkeypatch.setattr(screening, "FILLED", 0)
+    monkeypatch.setattr(inference, "RESIZED", 1)
+    monkeypatch.setattr(inference, "OUTWEIGHED", 0)
+    calls, certain_labels = [], screening.certain_labels
+
+    def counted(rows, *args):
+        labels = certain_labels(rows, *args)
+        calls.append((len(rows), int((labels < 0).sum())))
+        return labels
+
+    monkeypatch.setattr(screening, "certain_labels", counted)
+    return calls
+
+
+def unscreened(frozen):
+    twin = copy.deepcopy(frozen)
+    twin.screen = None
+    return twin
+
+
+def assert_labels_are_those_in_float64(head, frozen, features, size):
+    """But where fp32 could not tell."""
+    exact = copy.deepcopy(head).double()
+    scores = F.interpolate(exact(features.double()), size=size, mode="bilinear", align_corners=head.align_corners)
+    top = scores.topk(2, dim=1).values
+    clear = top[:, 0] - top[:, 1] > 1e-5 * top[:, 0].abs().clamp(min=1)
+    assert clear.float().mean() > 0.7
+    assert torch.equal(frozen.labels(features, size)[clear], scores.argmax(1)[clear])
+
+
+@pytest.mark.parametrize(("projection", "channels", "dim", "preset"), HEADS)
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_screened_labels_are_those_of_the_head(projection, channels, dim, preset, align_corners, screened):
+    head = build(channels, 5, num_prototypes=3, embed_dim=dim, projection=projection, preset=preset).float()
+    head.align_corners = align_corners
+    frozen, features = freeze(head), pixels(channels).float()
+    assert (frozen.screen is not None) == (head.score_norm is None)
+    for given_as in (features, features.contiguous(memory_format=torch.channels_last)):
+        for size in [(5, 7), (20, 28), (13, 9), (3, 4), (5, 30)]:
+            assert_labels_are_those_in_float64(head, frozen, given_as, size)
+    assert bool(screened) == (head.score_norm is None)
+
+
+@pytest.mark.parametrize("size", [(24, 20), (96, 80), (31, 47)])
+@pytest.mark.parametrize("projection", ["none", "linear", "mlp"])
+def test_labels_do_not_show_that_the_codes_left_some_open(projection, size, screened, monkeypatch):
+    """Classes in near pairs: codes tell neither the pixels of a pair apart nor many mixes."""
+    head = build(16, 12, num_prototypes=2, embed_dim=16, projection=projection).float()
+    head.prototypes[1::2] = head.prototypes[::2] + 1e-3 * torch.randn(6, 2, 16, generator=seeded(5))
+    frozen, features = freeze(head), pixels(16, (1, 24, 20)).float()
+    monkeypatch.setattr(kernel, "MIXED", 2000)  # several strips, and more than one settlement
+    labels = frozen.labels(features, size)
+    assert sum(open_ for _, open_ in screened) > 0
+    different = (labels != unscreened(frozen).labels(features, size)).float().mean()
+    assert different < 2e-3  # ties within fp32, which another order of summation decides
+    assert_labels_are_those_in_float64(head, frozen, features, size)
+    frozen.screen = replace(frozen.screen, spread=0.0, own=0.0)
+    worse = (frozen.labels(features, size) != unscreened(frozen).labels(features, size)).float().mean()
+    assert worse > 3 * different
+
+
+def test_features_like_prototypes_are_certain_and_few_rows_are_made(screened, monkeypatch):
+    head = build(64, 24, num_prototypes=4, embed_dim=64, projection="none").float()
+    choice = torch.randint(24, (1, 4, 4), generator=seeded(0)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    near = head.prototypes[choice, 0] + 0.05 * torch.randn(1, 32, 32, 64, generator=seeded(1))
+    frozen, features = freeze(head), near.permute(0, 3, 1, 2)
+    made, true_rows = [], type(frozen)._true_rows
+    monkeypatch.setattr(type(frozen), "_true_rows", lambda *a: made.append(len(a[2])) or true_rows(*a))
+    assert torch.equal(frozen.labels(features), choice)
+    assert sum(open_ for _, open_ in screened) < 0.01 * 1024
+    assert torch.equal(frozen.labels(features, (128, 128)), unscreened(frozen).labels(features, (128, 128)))
+    assert sum(made) < 0.1 * 1024
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 40)])
+def test_screening_stops_where_it_leaves_too_much_open(size, screened, monkeypatch):
+    monkeypatch.setattr(kernel, "MOST", 32)
+    head = build(8, 5, num_prototypes=2, embed_dim=8, projection="none").float()
+    head.prototypes[:] = head.prototypes[:1] + 1e-6 * torch.randn(5, 2, 8, generator=seeded(1))
+    head.prototypes[0, 0] = -head.prototypes[0, 0]
+    frozen, features = freeze(head), pixels(8, (1, 16, 16)).float()
+    frozen.labels(features, size)
+    assert [given for given, _ in screened] == [32]
+    features[0, :, :4] = -head.prototypes[1, 0][:, None, None]  # certain
+    screened.clear()
+    frozen.labels(features, size)
+    shares = [sum(o for _, o in screened[: i + 1]) / (32 * (i + 1)) for i in range(len(screened))]
+    assert shares[1] == 0
+    assert 2 < len(shares) < 8
+    assert [share > 0.25 for share in shares] == [False] * (len(shares) - 1) + [True]
+
+
+@pytest.mark.parametrize("projection", ["none", "mlp"])
+def test_pixels_that_are_no_numbers_are_answered_as_without_screening(projection, screened):
+    head = build(8, 9, num_prototypes=2, embed_dim=8, projection=projection).float()
+    frozen, features = freeze(head), pixels(8, (1, 12, 12)).float()
+    features[0, 3, 2, 2], features[0, :, 5, 5], features[0, 0, 9, 9] = torch.nan, torch.inf, -torch.inf
+    for size in [(12, 12), (48, 48)]:
+        assert torch.equal(frozen.labels(features, size), unscreened(frozen).labels(features, size))
+    assert sum(open_ for _, open_ in screened) >= 3
+
+
+def test_pruned_heads_are_screened(screened):
+    head = idle(build(8, 17, num_prototypes=4, embed_dim=8, projection="none")).float()
+    frozen, features = freeze(head, prune=True), pixels(8, (1, 12, 12)).float()
+    for size in [(12, 12), (30, 20)]:
+        assert torch.equal(frozen.labels(features, size), unscreened(frozen).labels(features, size))
+    assert screened
+
+
+def test_codes_follow_the_prototypes_and_nothing_else_is_screened(screened):
+    first, second = (build(8, 9, num_prototypes=2, embed_dim=8, seed=s).float() for s in (0, 1))
+    frozen, other, features = freeze(first), freeze(second), pixels(8).float()
+    frozen.load_state_dict(other.state_dict())
+    assert torch.equal(frozen.labels(features), other.labels(features))
+    assert screened
+    assert frozen.screen is not None
+    screened.clear()
+    freeze(first, precision="int8", calibration=features, agreement=0.0).labels(features)
+    freeze(build(8, 9, num_prototypes=2, embed_dim=8, distance="euclidean").float()).labels(features)
+    freeze(first).double().labels(features.double())
+    freeze(first).labels(features[:0])
+    assert not screened
+
+
+def test_few_prototypes_are_not_screened_and_some_not_through_a_resize(screened, monkeypatch):
+    frozen, features = freeze(build(8, 9, num_prototypes=2, embed_dim=8).float()), pixels(8).float()
+    for name, value in (("RESIZED", 19), ("OUTWEIGHED", 20)):
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, name, value)
+            frozen.labels(features, (20, 20))
+        assert not screened
+    frozen.labels(features)
+    assert screened
+    monkeypatch.setattr(screening, "FEWEST", 19)
+    assert freeze(build(8, 9, num_prototypes=2, embed_dim=8).float()).screen is None

@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 @cache
-def has_onednn() -> bool:
-    """Whether this build of PyTorch has oneDNN's fp32 linear, tried once on two numbers."""
+def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether PyTorch has oneDNN's linear of this type here, tried once on two numbers: bfloat16 wants AVX-512."""
     if not torch.backends.mkldnn.is_available():
         return False
     try:
-        one = torch.ones(1, 1)
+        one = torch.ones(1, 1, dtype=dtype)
         return bool(torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "") == 1)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         return False

@@ -116,7 +116,7 @@ def _maxima(products: Tensor, table: Table) -> Tensor:
 def _bf16_products(vectors: Tensor, rows: Tensor) -> Tensor:
     if vectors.device.type == "cuda":
         return torch.mm(vectors, rows.T, out_dtype=torch.float32)
-    if vectors.device.type == "cpu" and rows.numel() and gemm.has_onednn():
+    if vectors.device.type == "cpu" and rows.numel() and gemm.has_onednn(torch.bfloat16):
         return torch.ops.mkldnn._linear_pointwise(vectors, rows, None, "none", [], "")
     return vectors @ rows.T
 
@@ -147,6 +147,18 @@ def taps(size: int, out: int, align_corners: bool, like: Tensor) -> tuple[Tensor
     return low, (low + 1).clamp_(max=size - 1), (source - low).clamp_(0, 1).to(like.dtype)
 
 
+def border(labels: Tensor) -> Tensor:
+    """(B, h, w) -> indices, in this order, of the pixels of every 2 x 2 square that holds two classes: all that a
+    bilinear resize mixes, where both sides are 2 or more."""
+    one = labels[:, :-1, :-1]
+    mixed = (one != labels[:, 1:, :-1]) | (one != labels[:, :-1, 1:]) | (one != labels[:, 1:, 1:])
+    touched = torch.zeros_like(labels, dtype=torch.bool)
+    for rows in (slice(None, -1), slice(1, None)):
+        for columns in (slice(None, -1), slice(1, None)):
+            touched[:, rows, columns] |= mixed
+    return touched.flatten().nonzero()[:, 0]
+
+
 def resized_labels(
     rows: Tensor,
     size: tuple[int, int, int],
@@ -154,6 +166,9 @@ def resized_labels(
     align_corners: bool,
     *,
     weigh: Callable[[Tensor], Tensor] | None = None,
+    best: Tensor | None = None,
+    error: Tensor | None = None,
+    refine: Callable[[Tensor], None] | None = None,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
     """Arg-max over classes of the bilinear resize, exact, with nothing of C numbers per output pixel kept.
@@ -165,13 +180,16 @@ def resized_labels(
         rows: (B*h*w, C) scores, pixels in the order (b h w); their arg-max must be right even unweighed.
         size: (B, h, w). out: (H, W).
         weigh: (m,) indices of rows -> (m,) positive factors the rows still lack (one over the embedding's length).
+        best: (B*h*w,) arg-max of the true rows, if known.
+        error: (B*h*w,) by how much the difference of two scores of a row may be wrong; None where the rows are true.
+        refine: makes the rows at (m,) indices true. Asked for where a mix of wrong rows does not tell its arg-max.
         dtype: of the labels.
 
     Returns:
         (B, H, W).
     """
     (B, h, w), (H, W), C = size, out, rows.shape[1]
-    best = best_class(rows).view(B, h, w)
+    best = (best_class(rows) if best is None else best).view(B, h, w)
     if (h, w) == (H, W):
         return best.to(dtype)
     top, bottom, down = taps(h, H, align_corners, rows)
@@ -180,7 +198,22 @@ def resized_labels(
     alike = wide == best[:, :, right]
     labels = torch.empty(B, H, W, dtype=dtype, device=rows.device)
     budget = MIXED if rows.device.type == "cpu" else GPU_BAND
-    strip = max(1, budget // W)
+    strip, piece = max(1, budget // W), max(1, budget // C)
+    # Mixes of wrong rows that do not tell: where, of which rows, in which shares; settled many at once.
+    open_: list[tuple[Tensor, Tensor, Tensor]] = []
+    left_open = 0
+
+    def settle() -> int:
+        """How many are left: none."""
+        assert refine is not None
+        where, index, share = (torch.cat(part) for part in zip(*open_))
+        refine(index.view(-1))
+        flat = labels.view(-1)
+        for w, i, s in zip(where.split(piece), index.split(piece), share.split(piece)):
+            flat[w] = best_class(F.embedding_bag(i, rows, per_sample_weights=s, mode="sum")).to(dtype)
+        open_.clear()
+        return 0
+
     for b in range(B):
         for y in range(0, H, strip):
             above, below = top[y : y + strip], bottom[y : y + strip]
@@ -189,7 +222,7 @@ def resized_labels(
             target = labels[b, y : y + strip]
             target.copy_(one)
             over, under = (b * h + above) * w, (b * h + below) * w  # where these rows begin
-            for pixels in sure.logical_not_().nonzero().split(max(1, budget // C)):
+            for pixels in sure.logical_not_().nonzero().split(piece):
                 line, column = pixels.unbind(1)
                 a, c, one_side, other = over[line], under[line], left[column], right[column]
                 index = torch.stack([a + one_side, a + other, c + one_side, c + other], 1)
@@ -198,8 +231,24 @@ def resized_labels(
                 if weigh is not None:
                     share = share * weigh(index.view(-1)).view(-1, 4)
                 mixed = F.embedding_bag(index, rows, per_sample_weights=share, mode="sum")  # m C
-                target[line, column] = best_class(mixed).to(dtype)
+                found = best_class(mixed)
+                target[line, column] = found.to(dtype)
+                if error is not None:
+                    unsure = ~(_ahead(mixed, found) > (share * error[index]).sum(1))  # nan is not sure
+                    where = (b * H + y + line) * W + column
+                    open_.append((where[unsure], index[unsure], share[unsure]))
+                    left_open += len(open_[-1][0])
+                    if left_open > piece:
+                        left_open = settle()
+    if open_:
+        settle()
     return labels
+
+
+def _ahead(rows: Tensor, best: Tensor) -> Tensor:
+    """(n, C), (n,) arg-max -> (n,) how far it is ahead of the others. Overwrites the rows."""
+    top = rows.gather(1, best[:, None])
+    return top[:, 0] - rows.scatter_(1, best[:, None], -torch.inf).amax(1)
 
 
 def bands(features: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
