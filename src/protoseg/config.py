@@ -39,7 +39,7 @@ DecoderName = Literal[
     "pan",
     "pspnet",
 ]
-HeadName = Literal["prototype", "softmax", "softmax_projected", "cosine"]
+HeadName = Literal["prototype", "softmax", "softmax_projected", "cosine", "cosine_subcentres"]
 PresetName = Literal["default", "reference", "reference_fixed"]
 MetricName = Literal["miou", "pixel_accuracy", "mean_accuracy", "boundary_miou", "calibration_error"]
 

@@ -46,7 +46,7 @@ def transparent():
 def small(kind="prototype", auxiliary=0.0, **settings):
     torch.manual_seed(0)
     model = Model(network="tiny", auxiliary_weight=auxiliary, **settings)
-    parts = networks.tiny(model, width=8, widths=(8, 8, 16, 16), depths=(1, 1, 1, 1))
+    parts = networks.tiny(model, width=8, widths=(16, 16, 16, 16), depths=(1, 1, 1, 1))
     return assemble(*parts, model, Head(kind=kind, num_prototypes=2, embed_dim=8), 3)
 
 

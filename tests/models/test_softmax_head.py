@@ -40,13 +40,25 @@ def test_the_loss_is_weighted_cross_entropy_at_label_size(head):
     assert float(losses.ppc) == float(losses.ppd) == 0
 
 
-@pytest.mark.parametrize("kind", ["softmax", "softmax_projected", "cosine"])
+@pytest.mark.parametrize("kind", ["softmax", "softmax_projected", "cosine", "cosine_subcentres"])
 def test_nothing_labelled_is_zero_with_zero_gradient(kind):
     head = build_head(Head(kind=kind), 8, 3)
     losses = head.losses(torch.randn(1, 8, 4, 4), torch.full((1, 9, 9), 255))
     losses.total.backward()
     assert float(losses.total.detach()) == 0
     assert all(float(p.grad.abs().max()) == 0 for p in head.parameters())
+
+
+def test_several_vectors_score_as_prototypes_of_the_same_place_do_and_learn():
+    head = CosineHead(8, 3, projection="none", num_vectors=4)
+    twin = PrototypeHead(8, 3, projection="none", embed_dim=8, num_prototypes=4)
+    twin.prototypes.copy_(head.vectors.detach().view(3, 4, 8))
+    features = torch.randn(2, 8, 4, 5)
+    assert_close(head(features), twin(features))
+    head.losses(features, torch.randint(0, 3, (2, 9, 9))).total.backward()
+    assert float(head.vectors.grad.abs().max()) > 0
+    with pytest.raises(ValueError, match="num_vectors"):
+        CosineHead(8, 3, num_vectors=0)
 
 
 def test_cosine_scores_are_scaled_cosines():
@@ -105,7 +117,7 @@ def test_bad_labels_are_refused(kind):
         head.losses(features, torch.zeros(2, 4, 4, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("kind", ["softmax", "softmax_projected", "cosine"])
+@pytest.mark.parametrize("kind", ["softmax", "softmax_projected", "cosine", "cosine_subcentres"])
 def test_low_precision_features_give_finite_scores(kind):
     head = build_head(Head(kind=kind), 8, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -94,17 +94,22 @@ def _softmax_projected(head: Head, in_channels: int, num_classes: int, ignore_in
     )
 
 
-def _cosine(head: Head, in_channels: int, num_classes: int, ignore_index: int) -> nn.Module:
+def _cosine(head: Head, in_channels: int, num_classes: int, ignore_index: int, num_vectors: int = 1) -> nn.Module:
     given = {"score_scale": head.score_scale, "learn_scale": head.learn_scale}
     return CosineHead(
         in_channels,
         num_classes,
+        num_vectors=num_vectors,
         projection=head.projection,
         embed_dim=_embed_dim(head, in_channels),
         ignore_index=ignore_index,
         class_weights=head.class_weights,
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
+
+
+def _subcentres(head: Head, in_channels: int, num_classes: int, ignore_index: int) -> nn.Module:
+    return _cosine(head, in_channels, num_classes, ignore_index, head.num_prototypes)
 
 
 def _embed_dim(head: Head, in_channels: int) -> int | None:
@@ -119,4 +124,5 @@ HEADS: dict[str, Callable[[Head, int, int, int], nn.Module]] = {
     "softmax": _softmax,
     "softmax_projected": _softmax_projected,
     "cosine": _cosine,
+    "cosine_subcentres": _subcentres,
 }

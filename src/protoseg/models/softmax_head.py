@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from protoseg.method.head import Projection, build_projection
 from protoseg.method.losses import Losses, check_labels, segmentation_cross_entropy, weights_of_classes
+from protoseg.method.prototypes import starting_vectors
 
 
 class SoftmaxHead(nn.Module):
@@ -81,7 +82,10 @@ class SoftmaxHead(nn.Module):
 class CosineHead(SoftmaxHead):
     """One learnable unit vector per class, cosine times a learned scale: `PrototypeHead` with K = 1 and gradients.
 
+    With several vectors a class scores as its best, as in `PrototypeHead` (sub-centres, Deng et al., ECCV 2020).
+
     Args:
+        num_vectors: per class; several start as the prototypes do (`start="nested"`).
         score_scale: start of the scale. learn_scale: whether it learns, as one number, by its logarithm.
         (others): as `SoftmaxHead`.
     """
@@ -91,6 +95,7 @@ class CosineHead(SoftmaxHead):
         in_channels: int,
         num_classes: int,
         *,
+        num_vectors: int = 1,
         score_scale: float = 20.0,
         learn_scale: bool = True,
         projection: Projection = "mlp",
@@ -98,6 +103,9 @@ class CosineHead(SoftmaxHead):
         ignore_index: int = 255,
         class_weights: Sequence[float] | None = None,
     ):
+        if num_vectors < 1:
+            raise ValueError(f"num_vectors must be at least 1, given {num_vectors}")
+        self.num_vectors = num_vectors
         super().__init__(
             in_channels,
             num_classes,
@@ -115,7 +123,11 @@ class CosineHead(SoftmaxHead):
             self.register_buffer("log_scale", log_scale)
 
     def _build_classifier(self) -> None:
-        self.vectors = nn.Parameter(F.normalize(torch.randn(self.num_classes, self.embed_dim), dim=1))  # C D
+        if self.num_vectors == 1:
+            vectors = F.normalize(torch.randn(self.num_classes, self.embed_dim), dim=1)
+        else:
+            vectors = starting_vectors(self.num_classes, self.num_vectors, self.embed_dim, "nested").flatten(0, 1)
+        self.vectors = nn.Parameter(vectors)  # CK D
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D', h, w) features -> (B, C, h, w) scaled cosines, in fp32 at least."""
@@ -124,4 +136,7 @@ class CosineHead(SoftmaxHead):
             embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
             unit = F.normalize(embedding, dim=1)
             vectors = F.normalize(self.vectors, dim=1).to(unit.dtype)
-            return F.conv2d(unit, vectors[:, :, None, None]) * self.log_scale.exp()
+            cosines = F.conv2d(unit, vectors[:, :, None, None])
+            if self.num_vectors > 1:
+                cosines = cosines.unflatten(1, (self.num_classes, self.num_vectors)).amax(2)
+            return cosines * self.log_scale.exp()
