@@ -118,19 +118,17 @@ def error_sums(
     step = max(1, (SCORED if embedding.device.type == "cpu" else SCORED_ON_GPU) // (C * K))
     for start in range(0, len(embedding), step):
         x, given = embedding[start : start + step], prototype[start : start + step]
-        labelled, given = (given >= 0)[:, None], given.clamp(min=0)[:, None]  # n 1
-        cosines = cosine_similarity(x, prototypes)  # n CK
-        nearest = cosines.unflatten(1, (C, K)).argmax(2)  # n C
-        taken = score(cosines).softmax(1).to(x.dtype)  # n C
+        counted, given = (given >= 0)[:, None].to(x.dtype), given.clamp(min=0)[:, None]  # n 1
         own = given.div(K, rounding_mode="floor")
-        lacking = 1 - taken.gather(1, own)  # n 1
-        weights = torch.zeros_like(cosines).unflatten(1, (C, K))
-        weights.scatter_(2, nearest[..., None], -taken.scatter(1, own, 0)[..., None])
-        weights = weights.flatten(1).scatter_(1, given, lacking)  # n CK
-        counted = labelled.to(x.dtype)
         if class_weights is not None:
             counted = counted * class_weights.to(x.dtype)[own]
-        sums.addmm_((weights * counted).T, x)
+        cosines = cosine_similarity(x, prototypes)  # n CK
+        nearest = cosines.unflatten(1, (C, K)).argmax(2, keepdim=True)  # n C 1
+        taken = score(cosines).softmax(1).to(x.dtype) * counted  # n C
+        lacking = counted - taken.gather(1, own)  # n 1
+        weights = torch.zeros_like(cosines).unflatten(1, (C, K))
+        weights.scatter_(2, nearest, -taken.scatter(1, own, 0)[..., None])
+        sums.addmm_(weights.flatten(1).scatter_(1, given, lacking).T, x)
     _, counts = _local_sums(embedding[:, :1].contiguous(), prototype, C * K)
     return _over_ranks(sums, counts, total)
 
