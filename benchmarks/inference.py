@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import head as training
-from benchmarks.head import machine, ratio, resident, same_precision, timed
+from benchmarks.head import machine, peak_of, ratio, resident, same_precision, timed
 from protoseg import kernels
 from protoseg.config import Evaluation, Head, Model, UserError
 from protoseg.data.images import read_image
@@ -169,10 +169,7 @@ def peak(shape: Shape, name: str, device: str) -> float:
     step = steps[name]
     step()
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
+        return peak_of(step, device)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.head import clock, machine, ratio, resident, timed
+from benchmarks.head import clock, machine, peak_of, ratio, resident, timed
 from protoseg.config import Head, Model
 from protoseg.kernels import similarity, upsampling
 from protoseg.method.losses import Losses
@@ -141,10 +141,7 @@ def peak(name: str, arguments: argparse.Namespace) -> float:
     step()
     step.optimizer.zero_grad()
     if arguments.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
+        return peak_of(step, arguments.device)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step()

@@ -49,7 +49,7 @@ def slow_sums(x, given, p, weights):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("band", [1, 7 * C * K, 10**6])
 def test_the_sums_are_those_of_the_loop_over_pixels(band, weighted, monkeypatch):
-    monkeypatch.setattr(memory, "SCORED", band)
+    monkeypatch.setattr(memory, "CPU_BAND", band)
     x, p, given = random_case(band % 97)
     weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64) if weighted else torch.ones(C, dtype=torch.float64)
     sums, counts = error_sums(x, given, p, score, weights if weighted else None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from protoseg import kernels
+from protoseg.kernels.similarity import CPU_BAND, GPU_BAND
 from protoseg.method import ranks
 from protoseg.method.clustering import Reduction
 from protoseg.method.similarity import cosine_similarity, unit
@@ -22,7 +23,6 @@ MomentumRule = Literal["constant", "bias_corrected", "count_aware"]
 NESTED = 0.8  # cosine of a nested prototype with its class's direction; 0.64 with its siblings
 USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
 DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
-SCORED, SCORED_ON_GPU = 1_500_000, 64_000_000  # cosines at once in `error_sums`: what stays in cache, what fits
 CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
 
 
@@ -115,7 +115,7 @@ def error_sums(
     """
     C, K, D = prototypes.shape
     sums = embedding.new_zeros(C * K, D)
-    step = max(1, (SCORED if embedding.device.type == "cpu" else SCORED_ON_GPU) // (C * K))
+    step = max(1, (CPU_BAND if embedding.device.type == "cpu" else GPU_BAND) // (C * K))
     for start in range(0, len(embedding), step):
         x, given = embedding[start : start + step], prototype[start : start + step]
         counted, given = (given >= 0)[:, None].to(x.dtype), given.clamp(min=0)[:, None]  # n 1
