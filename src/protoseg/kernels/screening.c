@@ -23,7 +23,6 @@ int64_t lanes(void) { return LANES; }
 
 #define GROUPS 8                /* of pixels that meet two units of prototypes while these are in the first cache */
 #define CHUNK (GROUPS * PIXELS) /* pixels */
-#define LARGEST 32700.0f        /* code: two products of two such fit in 32 bits */
 #define LARGEST_BIAS 536870912.0f /* 2^29, in code units */
 
 typedef int32_t Lanes __attribute__((vector_size(4 * LANES), may_alias, aligned(4)));
@@ -63,11 +62,12 @@ static inline void dots(const int32_t *pixel, int64_t words, const Lanes *first,
   memcpy(sum, held, sizeof held);
 }
 
-/* Codes of a pixel: (D) -> 2 * words, at `length`, or less where a code or the bias beside the product would not fit.
+/* Codes of a pixel: (D) -> 2 * words, at `length`, or less where a code would be above `limit` or the bias beside the
+   product would not fit.
    Answers what its numbers were multiplied by, or 0 where they are not finite or vanish: such a pixel is certain of
    nothing. off: the length of what rounding took or gave. */
-static float coded(const float *x, int64_t D, int64_t words, float length, float largest_bias, int16_t *code,
-                   float *off) {
+static float coded(const float *x, int64_t D, int64_t words, float length, float limit, float largest_bias,
+                   int16_t *code, float *off) {
   float sum = 0, largest = 0, rest = 0;
 #pragma omp simd reduction(+ : sum) reduction(max : largest)
   for (int64_t d = 0; d < D; d++) {
@@ -78,7 +78,7 @@ static float coded(const float *x, int64_t D, int64_t words, float length, float
   *off = 0;
   memset(code, 0, 4 * words);
   if (!(sum > 1e-30f && sum < 1e30f)) return 0;
-  const float whole = length / sqrtf(sum), most = LARGEST / largest, beside = LARGEST_BIAS / largest_bias;
+  const float whole = length / sqrtf(sum), most = limit / largest, beside = LARGEST_BIAS / largest_bias;
   float factor = whole < most ? whole : most;
   factor = factor < beside ? factor : beside;
 #pragma omp simd reduction(+ : rest)
@@ -93,13 +93,13 @@ static float coded(const float *x, int64_t D, int64_t words, float length, float
 
 /* rows: (n, D). codes: (units, words, LANES, 2), LANES classes each. bias: (units, LANES) over `worth`, or NULL.
    block: (units) which LANES classes. classes: (C) the id of each place, or NULL where they are in order.
-   worth: of a unit of a prototype's codes. length: of a pixel's codes. spread: of the prototypes, and own: what the best
-   class must be ahead by: spread times what the pixel was rounded by, and own.
+   worth: of a unit of a prototype's codes. length: of a pixel's codes, none of them above `limit`. spread: of the
+   prototypes, and own: what the best class must be ahead by: spread times what the pixel was rounded by, and own.
    label: (n) best class, or -1 where it is not certain. scores: (n, C) class maxima, and error: (n) what the difference
    of two may be wrong by; or both NULL. */
 int screen(const float *rows, int64_t n, int64_t D, const int16_t *codes, const float *bias, const int32_t *block,
-           int64_t units, const int64_t *classes, int64_t C, double worth, double length, double largest_bias,
-           double spread, double own, int64_t *label, float *scores, float *error, int64_t threads) {
+           int64_t units, const int64_t *classes, int64_t C, double worth, double length, double limit,
+           double largest_bias, double spread, double own, int64_t *label, float *scores, float *error, int64_t threads) {
   const int64_t words = (D + 1) / 2, room = CHUNK * words + 16;
   int32_t *work = malloc(threads * room * sizeof *work);
   if (!work) return NO_MEMORY;
@@ -116,7 +116,7 @@ int screen(const float *rows, int64_t n, int64_t D, const int16_t *codes, const 
         memset(code + i * words, 0, 4 * words);
         continue;
       }
-      factor[i] = coded(rows + (start + i) * D, D, words, (float)length, (float)largest_bias,
+      factor[i] = coded(rows + (start + i) * D, D, words, (float)length, (float)limit, (float)largest_bias,
                         (int16_t *)(code + i * words), &off);
       /* 1.001 and 0.003: `off` and what it was taken of are rounded themselves */
       margin[i] = spread * (1.001 * off + 0.003 * sqrt((double)D)) + own;

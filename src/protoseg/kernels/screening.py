@@ -29,7 +29,7 @@ from protoseg.kernels import native
 from protoseg.kernels.inference import Table
 
 LENGTH = 39_000.0  # of codes: a product, at most its square and what rounding adds, leaves 2^29 of 2^31 for a bias
-LARGEST = 32_700.0  # code
+LARGEST = 32_700.0  # code: two products of two such fit in 32 bits
 WIDEST = 8192  # channels for which this is so
 PAIRED = 2048  # prototypes of which all pairs are looked at
 FEWEST = 64  # prototypes for which it pays
@@ -188,7 +188,7 @@ def certain_labels(rows: Tensor, screen: Screen, scores: Tensor | None = None, e
     labels = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     native.call(
         _library(), "screen", rows.contiguous(), *rows.shape, screen.codes, screen.bias, screen.block,
-        len(screen.block), screen.classes, screen.num_classes, screen.worth, LENGTH, screen.largest_bias, screen.spread,
-        screen.own, labels, scores, error, torch.get_num_threads(),
+        len(screen.block), screen.classes, screen.num_classes, screen.worth, LENGTH, LARGEST, screen.largest_bias,
+        screen.spread, screen.own, labels, scores, error, torch.get_num_threads(),
     )  # fmt: skip
     return labels

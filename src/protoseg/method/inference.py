@@ -266,22 +266,19 @@ class FrozenHead(nn.Module):
         B, _, h, w = features.shape
         size = (h, w) if size is None else size
         features = self._prepared(features)
-        N, C, moved = B * h * w, self.num_classes, size != (h, w)
+        N, moved = B * h * w, size != (h, w)
         with torch.autocast(features.device.type, enabled=False):
             folded, doubtful = self.folded is not None, 0
             table = (self.folded or self.prototypes).table()
-            screen = screened = self.screen if not moved or self._screens_mixes(table) else None
+            screen = self.screen if not moved or self._screens_mixes(table) else None
             best = torch.empty(N, dtype=torch.int64, device=features.device)
-            rows: Tensor | None = None  # N C, times the length; only a resize needs them
-            error: Tensor | None = None  # N, of rows
-            factor: Tensor | None = None  # N, one over the length, NaN where not yet known
+            mixed: _Mixed | None = None  # only a resize needs scores
             for start, raw in self._embeddings(features, hidden=folded, width=None if screen is None else kernel.MOST):
                 part = slice(start, start + len(raw))
-                if moved and rows is None:
-                    rows, error = raw.new_empty(N, C), raw.new_zeros(N)
-                    factor = raw.new_full((N,), torch.nan) if self.plain_scores else None
+                if moved and mixed is None:
+                    mixed = _Mixed(self, features, table, raw)
                 if screen is not None and screening.takes(screen, raw):
-                    into = () if rows is None or error is None else (rows[part], error[part])
+                    into = () if mixed is None else (mixed.rows[part], mixed.error[part])
                     best[part] = screening.certain_labels(raw, screen, *into)
                     doubtful += int((best[part] < 0).sum())
                     if doubtful > DOUBTFUL * part.stop:
@@ -289,36 +286,18 @@ class FrozenHead(nn.Module):
                 else:
                     true = self._rows(raw, table)
                     best[part] = kernel.best_class(true)
-                    if rows is not None:
-                        rows[part] = true
-                if factor is not None and not folded:
-                    factor[part] = _length(raw).reciprocal_()
-
-            def refine(index: Tensor) -> None:
-                assert rows is not None
-                assert error is not None
-                for part in index[error[index] != 0].unique().split(kernel.MOST):
-                    rows[part], error[part] = self._true_rows(features, part, table), 0
-
-            def weigh(index: Tensor) -> Tensor:
-                assert factor is not None
-                if folded:
-                    self._learn_lengths(features, index, factor)
-                return factor[index]
-
+                    if mixed is not None:
+                        mixed.rows[part] = true
+                if mixed is not None:
+                    mixed.note_lengths(part, raw)
             for index in (best < 0).nonzero()[:, 0].split(kernel.MOST):
                 true = self._true_rows(features, index, table)
                 best[index] = kernel.best_class(true)
-                if rows is not None and error is not None:
-                    rows[index], error[index] = true, 0
-            if factor is not None and folded and size[0] >= h and size[1] >= w:  # all at once what would be asked for
-                self._learn_lengths(features, kernel.border(best.view(B, h, w)), factor)
-            if rows is None:
+                if mixed is not None:
+                    mixed.rows[index], mixed.error[index] = true, 0
+            if mixed is None:
                 return best.view(B, h, w).to(dtype) if N else torch.empty(B, *size, dtype=dtype, device=best.device)
-            return kernel.resized_labels(
-                rows, (B, h, w), size, self.align_corners, weigh=weigh if self.plain_scores else None, best=best,
-                error=None if screened is None else error, refine=refine, dtype=dtype,
-            )  # fmt: skip
+            return mixed.labels(best, size, dtype)
 
     def _screens_mixes(self, table: kernel.Table) -> bool:
         layers = sum(p.numel() for p in self.layers.parameters())
@@ -376,12 +355,54 @@ class FrozenHead(nn.Module):
             rows = kernel.linear(rows, layer.weight, layer.bias, relu=i + 1 < len(self.layers))
         return rows
 
-    def _learn_lengths(self, features: Tensor, index: Tensor, factor: Tensor) -> None:
-        """Fill in `factor` at `index`: the embedding of these pixels alone is made."""
+
+class _Mixed:
+    """What a bilinear resize mixes: scores of all pixels, some of them rounded until a mix asks for the true ones.
+
+    Attributes:
+        rows: (N, C) scores, of an embedding of any length where no norm over the classes has taken it out.
+        error: (N,) by how much the difference of two scores of a row may be wrong; 0 of true rows.
+        factor: (N,) one over the length, NaN where not yet known; None where scores do not lack it.
+    """
+
+    def __init__(self, head: FrozenHead, features: Tensor, table: kernel.Table, like: Tensor):
+        self.head, self.features, self.table = head, features, table
+        N = len(features) * features[0, 0].numel()
+        self.rows, self.error = like.new_empty(N, head.num_classes), like.new_zeros(N)
+        self.factor = like.new_full((N,), torch.nan) if head.plain_scores else None
+
+    def note_lengths(self, part: slice, raw: Tensor) -> None:
+        """Of an embedding at hand; a folded head makes none, and learns the lengths where they are asked for."""
+        if self.factor is not None and self.head.folded is None:
+            self.factor[part] = _length(raw).reciprocal_()
+
+    def labels(self, best: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """(N,) true label of every pixel -> (B, H, W) labels of the resized scores."""
+        B, _, h, w = self.features.shape
+        if self.factor is not None and size[0] >= h and size[1] >= w:  # all at once what would be asked for
+            self._learn_lengths(kernel.border(best.view(B, h, w)), self.factor)
+        return kernel.resized_labels(
+            self.rows, (B, h, w), size, self.head.align_corners, weigh=None if self.factor is None else self._weigh,
+            best=best, error=self.error if bool(self.error.any()) else None, refine=self._refine, dtype=dtype,
+        )  # fmt: skip
+
+    def _refine(self, index: Tensor) -> None:
+        for part in index[self.error[index] != 0].unique().split(kernel.MOST):
+            self.rows[part], self.error[part] = self.head._true_rows(self.features, part, self.table), 0
+
+    def _weigh(self, index: Tensor) -> Tensor:
+        assert self.factor is not None
+        self._learn_lengths(index, self.factor)
+        return self.factor[index]
+
+    def _learn_lengths(self, index: Tensor, factor: Tensor) -> None:
+        """Fill in `factor` at `index`, where it is not known yet: the embedding of these pixels alone is made."""
+        if self.head.folded is None:
+            return
         wanted = torch.zeros_like(factor, dtype=torch.bool)
         wanted[index] = True
         for part in (wanted & factor.isnan()).nonzero()[:, 0].split(kernel.MOST):
-            factor[part] = _length(self._through(_pixels(features, part), len(self.layers))).reciprocal_()
+            factor[part] = _length(self.head._embedded(_pixels(self.features, part))).reciprocal_()
 
 
 def _pack(frozen: FrozenHead, _: Any = None) -> None:
