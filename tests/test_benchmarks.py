@@ -1,9 +1,12 @@
 """What is timed side by side computes the same thing."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks import inference, step
+from benchmarks import costs, inference, step
 from torch.testing import assert_close
 
 from heads import seeded
@@ -42,3 +45,18 @@ def test_contestants_at_inference_give_the_same_answers(projected, monkeypatch):
     assert all(0 <= share < 0.1 for share in open_.values())
     ours, theirs = given["conv to pixels, our arg-max"], given["conv to pixels"]
     assert (ours == theirs).double().mean() > 0.999
+
+
+def test_costs_are_of_each_variant_of_a_study_with_its_own_head_and_the_same_images():
+    found = costs.recipes(Path("studies/synthetic.yaml"))
+    small = {n: replace(r, batch_size=2, data=replace(r.data, crop_size=(32, 32))) for n, r in found.items()}
+    steps = {name: costs.Step(small[name], 7, "cpu") for name in ("softmax", "K10", "K10-errors")}
+    assert len({each.images.sum().item() for each in steps.values()}) == 1
+    before = {name: step.model.head.prototypes.clone() for name, step in steps.items() if name != "softmax"}
+    for each in steps.values():
+        weight = next(each.model.parameters()).clone()
+        each()
+        assert not torch.equal(next(each.model.parameters()), weight)
+    moved = {name: steps[name].model.head.prototypes - start for name, start in before.items()}
+    assert all(bool(by.any()) for by in moved.values())
+    assert not torch.equal(moved["K10"], moved["K10-errors"])
