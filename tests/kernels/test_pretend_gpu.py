@@ -131,6 +131,18 @@ def test_among_deterministic_algorithms_labels_are_not_sorted(way, launches, mon
     assert not [name for name in seen.names if name.startswith(("aten.scatter_add", "aten.index_put"))]
 
 
+@pytest.mark.parametrize("way", ["off", "mm"])
+def test_no_sum_of_a_default_step_is_atomic(way, launches, monkeypatch):
+    """Atomic additions come in another order every time; what `scatter_add_` adds here goes to places of its own."""
+    monkeypatch.setenv(gpu.VARIABLE, way)
+    made = head_there(16, 30, embed_dim=24)
+    for up in (1, 4):
+        with pretending() as seen:
+            step(made(), up=up)
+        atomic = ("index_add", "index_put", "_unsafe_index", "index_reduce", "embedding_dense_backward", "upsample")
+        assert not [name for name in seen.names if name.removeprefix("aten.").startswith(atomic)]
+
+
 def test_batches_are_cut_on_their_device():
     with pretending() as seen:
         images = torch.empty(5000, 3, dtype=torch.uint8, device=CUDA)
