@@ -1,7 +1,7 @@
 """Clustering and update alone: the release's class loop, our plain lines, the PyTorch lines and the operators behind
 the door, and the plain lines through `torch.compile`.
 
-    python -m benchmarks.clustering [--shape C150 ...] [--growth] [--compiled] [--rounds 9] [--device cuda] [--json F]
+    python -m benchmarks.clustering [--shape C150 ...] [--growth] [--compiled] [--rounds 9] [--memory] [--device cuda]
 
 From the cosines of each pixel with its own class's prototypes to the assignment, the moved prototypes, the log of
 their use and the re-seeding (the release logs and re-seeds nothing). The loop takes those cosines out of the table of
@@ -11,14 +11,18 @@ Both learn from all labelled pixels.
 One thread, process CPU time (wall time on a GPU), contestants interleaved in one process, medians; a ratio is the
 median of the rounds' ratios. Tiles of 8 x 8 pixels, classes by Zipf's law with every present one there, 5 % void,
 features near planted prototypes. Operations are what PyTorch dispatches, views left out; one of ours is one call into C
-with what it allocates inside. `--growth` goes up in C with the pixels held, `--compiled` adds minutes.
+with what it allocates inside. `--growth` goes up in C with the pixels held, `--compiled` adds minutes. `--memory` adds
+the peak of one step over the resident size before it, each contestant in its own process (on a GPU, whose allocator
+counts, in this one).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.head import K, machine, operations, ratio, timed
+from benchmarks.head import K, machine, operations, peak_of, ratio, timed
 from oracles.reference_loop import ReferenceHead
 from protoseg import kernels
 from protoseg.kernels import clustering_cpu
@@ -138,10 +142,20 @@ def _within(step: Callable[[], None], context: Callable) -> Callable[[], None]:
     return inside
 
 
-def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, object]:
+def peak(name: str, contestant: str, device: str) -> float:
+    """MB one step adds at its peak; on a CPU in a process of its own."""
+    if device != "cpu":
+        return peak_of(contestants((SHAPES | GROWTH)[name], device, compiled=False)[contestant], device)
+    command = [sys.executable, "-m", "benchmarks.clustering", "--shape", name, "--peak-of", contestant]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    return float(done.stdout.splitlines()[-1])
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
+    shape = (SHAPES | GROWTH)[name]
     steps = contestants(shape, arguments.device, arguments.compiled)
     seconds = timed(steps, arguments.rounds, arguments.device)
-    return {
+    found: dict[str, object] = {
         "shape": asdict(shape),
         "ms": {name: 1e3 * statistics.median(values) for name, values in seconds.items()},
         "class loop over": {
@@ -149,6 +163,10 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, object]:
         },
         "operations": {name: operations(step) for name, step in steps.items() if "compiled" not in name},
     }
+    if arguments.memory:
+        taken = [contestant for contestant in steps if "compiled" not in contestant]
+        found["peak MB"] = {contestant: peak(name, contestant, arguments.device) for contestant in taken}
+    return found
 
 
 def show(name: str, found: dict) -> None:
@@ -156,26 +174,34 @@ def show(name: str, found: dict) -> None:
     print(f"{name}: N={shape['pixels']} C={shape['classes']} ({shape['present']} present) D={shape['dim']}")
     for step, ms in found["ms"].items():
         over = f"{found['class loop over'][step]:5.1f}x" if step in found["class loop over"] else ""
-        print(f"  {step:22} {ms:8.2f} ms {over:6} {found['operations'].get(step, '')!s:>6} operations")
+        mb = f"{found['peak MB'][step]:8.1f} MB" if step in found.get("peak MB", {}) else ""
+        print(f"  {step:22} {ms:8.2f} ms {over:6} {found['operations'].get(step, '')!s:>6} operations {mb}".rstrip())
     sys.stdout.flush()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shape", nargs="*", choices=SHAPES | GROWTH, default=list(SHAPES))
     parser.add_argument("--growth", action="store_true", help="instead: up to 10,000 classes at 2,048 pixels")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile of the plain lines")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", default="")
+    parser.add_argument("--peak-of", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.peak_of:
+        steps = contestants((SHAPES | GROWTH)[arguments.shape[0]], arguments.device, compiled=False)
+        ctypes.CDLL(None).malloc_trim(0)  # a heap that keeps nothing of what made the problem
+        print(peak_of(steps[arguments.peak_of], arguments.device))
+        return
     if arguments.device == "cpu" and not clustering_cpu.available():
         print("no C compiler: ours are the PyTorch lines")
     results = {}
-    for name, shape in GROWTH.items() if arguments.growth else [(name, SHAPES[name]) for name in arguments.shape]:
-        results[name] = measure(shape, arguments)
+    for name in GROWTH if arguments.growth else arguments.shape:
+        results[name] = measure(name, arguments)
         show(name, results[name])
     where = machine(arguments.device) | {"compiled C": clustering_cpu.available()}
     if arguments.json:

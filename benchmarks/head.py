@@ -62,7 +62,9 @@ SHAPES = {
     "C150-up": Shape(150, 256, 4),
     "C150-D64": Shape(150, 64, 4),
     "C150-D720": Shape(150, 720),
+    "C171": Shape(171, 256),
     "C847": Shape(847, 256, images=1),
+    "C847-up": Shape(847, 256, 4, images=1),
 }
 
 

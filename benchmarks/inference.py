@@ -9,6 +9,8 @@ interleaved in one process, medians, a ratio is the median of the rounds' ratios
 `conv, same product` the same 1x1 layer through the library that the prototypes' product takes: the floor of a linear
 head. Shapes ending in `-mlp` start at 256 channels and hold the projection; their `conv` is the plain softmax head on
 those 256 channels, `conv projected` the one behind the same projection. `... to pixels` are labels at 512 x 512.
+`release` is the 2022 head as it answers, behind the projection where there is one: two norms, a table of all cosines,
+the maximum over K and the norm of the scores; to pixels with its resize and an arg-max.
 `unscreened` is the frozen head without 16 bit codes; "left open" the share of pixels whose scores were made in full
 precision after the codes had not told.
 Prototypes lie on the means of planted clusters and features near them: easier than real features, so what the rounded
@@ -35,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import head as training
-from benchmarks.head import machine, peak_of, ratio, resident, same_precision, timed
+from benchmarks.head import K, machine, peak_of, ratio, resident, same_precision, timed
+from oracles.reference_loop import ReferenceHead
 from protoseg import kernels
 from protoseg.config import Evaluation, Head, Model, UserError
 from protoseg.data.images import read_image
@@ -126,8 +129,14 @@ def contestants(
         except (ValueError, RuntimeError) as reason:  # this machine has no such product, or not of these sizes
             print(f"  {precision}: {reason}")
 
-    def pixels(scores: Callable[[Tensor], Tensor]) -> Tensor:
-        return F.interpolate(scores(features), size=size, mode="bilinear", align_corners=False).argmax(1)
+    def pixels(scores: Callable[[Tensor], Tensor], align_corners: bool = False) -> Tensor:
+        return F.interpolate(scores(features), size=size, mode="bilinear", align_corners=align_corners).argmax(1)
+
+    loop = ReferenceHead(shape.dim, shape.classes, K).to(device)
+    loop.prototypes.data.copy_(head.prototypes)
+
+    def release(features: Tensor) -> Tensor:
+        return loop.similarity(head.projection(features))[2]
 
     def plain() -> Tensor:
         with kernels.plain_only():
@@ -136,6 +145,7 @@ def contestants(
     steps: dict[str, Callable[[], Tensor]] = {
         "conv": lambda: conv(features),
         "conv, same product": lambda: kernel.linear(rows, weight, bias),
+        "release": lambda: release(features),
         "plain": plain,
         "head": lambda: head(features),
     }
@@ -149,6 +159,7 @@ def contestants(
     steps["unscreened labels"] = partial(frozen["unscreened"].labels, features)
     steps["conv to pixels"] = partial(pixels, conv)
     steps["conv to pixels, our arg-max"] = lambda: bilinear_labels(conv(features), size)
+    steps["release to pixels"] = partial(pixels, release, align_corners=True)
     steps["head to pixels"] = partial(pixels, head)
     for name, form in frozen.items():
         steps[f"{name} to pixels"] = partial(form.labels, features, size)
@@ -193,7 +204,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
         "left open": open_,
     }
     if arguments.memory:
-        names = ["conv", "head", "frozen", "conv to pixels", "head to pixels", "frozen to pixels"]
+        names = [name + to for to in ("", " to pixels") for name in ("conv", "release", "head", "frozen")]
         found["peak MB"] = {contestant: own_process(name, contestant, arguments.device) for contestant in names}
     return found
 

@@ -1,4 +1,5 @@
-"""A whole training step of a network: the prototype head beside the softmax head behind the same projection.
+"""A whole training step of a network: the prototype head beside the softmax head and the 2022 head, all behind the same
+projection.
 
     python -m benchmarks.step [--rounds 3] [--batch 2] [--size 512] [--memory] [--json out.json]
     python -m benchmarks.step --device cuda --amp --batch 16 --rounds 20 --memory
@@ -10,6 +11,7 @@ a clock between the parts makes a GPU wait.
 
 The softmax head takes its cross-entropy with PyTorch's own resize and loss. `softmax, strips` is the same head with the
 cross-entropy that the prototype head uses, a strip of label rows at a time: the comparison without that advantage.
+`release` is the 2022 head as written, with its class loop; it moves its prototypes among the losses.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.head import clock, machine, peak_of, ratio, resident, timed
+from benchmarks.head import K, clock, machine, peak_of, ratio, resident, timed
+from oracles.reference_loop import ReferenceHead
 from protoseg.config import Head, Model
 from protoseg.kernels import similarity, upsampling
 from protoseg.method.losses import Losses
@@ -38,7 +41,7 @@ from protoseg.models import Segmenter, build
 from protoseg.models.softmax_head import SoftmaxHead
 
 CLASSES, VOID = 150, 255
-CONTESTANTS = ("prototype", "softmax", "softmax, strips")
+CONTESTANTS = ("prototype", "softmax", "softmax, strips", "release")
 PARTS = ("features", "losses", "backward", "update", "optimiser")
 
 
@@ -78,6 +81,22 @@ class StripSoftmaxHead(SoftmaxHead):
             return Losses.cross_entropy_only(StripCrossEntropy.apply(scores.float(), labels))
 
 
+class ReleaseHead(nn.Module):
+    """The 2022 head behind a projection."""
+
+    def __init__(self, projection: nn.Module, embed_dim: int):
+        super().__init__()
+        self.projection, self.loop = projection, ReferenceHead(embed_dim, CLASSES, K)
+
+    def losses(self, features: Tensor, labels: Tensor) -> Losses:
+        projected = self.projection(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return Losses.cross_entropy_only(self.loop.loss(projected.float(), labels, VOID))
+
+    def update(self, losses: Losses) -> None:
+        """`losses` has moved the prototypes."""
+
+
 def network(name: str, device: str) -> Segmenter:
     torch.manual_seed(0)
     kind = "prototype" if name == "prototype" else "softmax_projected"
@@ -86,6 +105,8 @@ def network(name: str, device: str) -> Segmenter:
         head = StripSoftmaxHead(model.head.in_channels, CLASSES, projection="mlp", embed_dim=model.head.embed_dim)
         head.load_state_dict(model.head.state_dict())
         model.head = head
+    if name == "release":
+        model.head = ReleaseHead(model.head.projection, model.head.embed_dim)
     return model.to(device).to(memory_format=torch.channels_last).train()
 
 
@@ -169,6 +190,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "prototype / softmax": ratio(seconds["prototype"], seconds["softmax"]),
         "prototype / softmax, strips": ratio(seconds["prototype"], seconds["softmax, strips"]),
+        "release / prototype": ratio(seconds["release"], seconds["prototype"]),
     }
     if arguments.memory:
         found["peak MB"] = {name: own_process(name, arguments) for name in CONTESTANTS}

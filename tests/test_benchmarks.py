@@ -10,6 +10,7 @@ from benchmarks import costs, inference, step
 from torch.testing import assert_close
 
 from heads import seeded
+from protoseg.method.head import PrototypeHead
 
 
 @pytest.mark.parametrize("label_size", [(5, 6), (20, 24), (17, 31)])
@@ -36,9 +37,14 @@ def test_contestants_at_inference_give_the_same_answers(projected, monkeypatch):
     assert_close(given["conv, same product"].T.reshape(7, 16, 16), given["conv"][0], **close)
     for name in ("head", "frozen"):
         assert_close(given[name], given["plain"], **close)
+    head, features = inference.trained(inference.Shape(7, 32, projected), "cpu")
+    same = PrototypeHead(32, 7, projection="none", preset="reference").eval()
+    same.prototypes.copy_(head.prototypes)
+    assert_close(given["release"], same(head.projection(features)), rtol=0, atol=1e-3)
     for name in ("bf16", "int8"):
         assert_close(given[name], given["plain"], rtol=0, atol=20 * 0.03)
-    assert given["frozen to pixels"].shape == given["head to pixels"].shape == (1, 64, 64)
+    assert given["frozen to pixels"].shape == given["head to pixels"].shape == given["release to pixels"].shape
+    assert given["frozen to pixels"].shape == (1, 64, 64)
     assert min(kept.values()) > 0.98
     assert kept["frozen to pixels"] > 0.999
     assert torch.equal(given["frozen labels"], given["unscreened labels"])

@@ -11,6 +11,8 @@ from protoseg.method import clustering, ranks
 from protoseg.method.prototypes import Memory, assigned_sums, move_, note_usage_, reseed_
 from protoseg.method.similarity import unit
 
+# the last are the lines that a GPU takes without Triton, on a CPU
+ways = pytest.mark.parametrize("way", ["C", "PyTorch", "PyTorch on a GPU"], indirect=True)
 QUICK = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -29,6 +31,7 @@ def problem(seed: int, n: int, classes: int, k: int, void: float = 0.1):
     return own, torch.where(torch.rand(n, generator=g) < void, -1, labels)
 
 
+@ways
 @QUICK
 @given(seed=st.integers(0, 10_000), n=st.integers(0, 200), classes=st.integers(1, 12), k=st.integers(1, 10))
 @pytest.mark.parametrize("kappa", [0.05, 0.3])
@@ -40,6 +43,7 @@ def test_scaling_vectors_give_the_plan_of_the_log_domain(way, kappa, seed, n, cl
     assert_close(plan[valid], true[valid], rtol=0, atol=1e-12)
 
 
+@ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("present", [3, 40])
 def test_assignments_are_those_of_the_log_domain(way, present, dtype):
@@ -51,6 +55,7 @@ def test_assignments_are_those_of_the_log_domain(way, present, dtype):
     assert int((fast != plain)[labels >= 0].sum()) <= (0 if dtype == torch.float64 else 2)
 
 
+@ways
 @QUICK
 @given(seed=st.integers(0, 10_000), n=st.integers(0, 60), classes=st.integers(1, 40), k=st.integers(1, 12))
 @pytest.mark.parametrize("small", ["nearest", "plan"])
@@ -67,6 +72,7 @@ def test_assignments_of_small_classes_and_strided_cosines_are_those_of_the_log_d
         assert ((fast >= 0) & (fast < k)).all()
 
 
+@ways
 def test_a_class_that_does_not_exist_is_refused(way):
     with pytest.raises((IndexError, RuntimeError)):
         clustering.balanced_assignment(torch.rand(4, 3), torch.tensor([0, 1, 2, 9]), 3)
@@ -94,6 +100,7 @@ def test_the_furthest_cosines_and_many_rounds_stay_in_range_in_fp32(way, kind, i
     assert_close(plan, true.exp().float(), rtol=0, atol=1e-4)
 
 
+@ways
 @QUICK
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 100), count=st.integers(1, 20))
 def test_sorted_sums_are_the_sums(way, seed, n, count):
@@ -107,11 +114,26 @@ def test_sorted_sums_are_the_sums(way, seed, n, count):
     assert torch.equal(counts, true_counts)
 
 
+@ways
 def test_sums_of_nothing_are_zero(way):
     sums, counts = assigned_sums(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 3)
     assert sums.shape == (3, 4)
     assert not sums.any()
     assert not counts.any()
+
+
+@pytest.mark.parametrize("way", ["PyTorch on a GPU"], indirect=True)
+def test_a_gpu_sums_large_segments_in_parts_always_in_one_order(way, monkeypatch):
+    g = seeded(0)
+    rows = torch.randn(3000, 20, generator=g)
+    index = torch.where(torch.rand(3000, generator=g) < 0.9, 1, torch.randint(-1, 4, (3000,), generator=g))
+    for part in (1, 512, 4000):  # 64 parts, 6, 1
+        monkeypatch.setattr("protoseg.kernels.clustering.PART", part)
+        sums, counts = kernels.segment_sums(rows, index, 4)
+        true = torch.zeros(5, 20, dtype=torch.float64).index_add_(0, torch.where(index < 0, 4, index), rows.double())
+        assert_close(sums.double(), true[:4], rtol=0, atol=2e-4)
+        assert counts.tolist() == [int((index == c).sum()) for c in range(4)]
+        assert all(torch.equal(kernels.segment_sums(rows, index, 4)[0], sums) for _ in range(2))
 
 
 @pytest.mark.parametrize("n", [0, 1, 5000])

@@ -22,6 +22,8 @@ from torch import Tensor
 from protoseg.kernels import clustering_cpu, gpu
 
 PIECE = 1024  # rows
+PARTS, GRID = 64, 8_192  # of a segment at most; of all segments about, where each part is one sum of many threads
+PART = 512  # pixels of a part at least, were all pixels in one segment
 LARGEST_EXPONENT = {torch.float32: 42.0, torch.float64: 340.0}  # of a: exp(-2a)/K is still a normal number
 
 Reduction = Callable[[Tensor], Tensor]
@@ -104,10 +106,8 @@ def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tenso
         return segments.segment_sums(rows, index, count)
     if clustering_cpu.takes(rows):
         return torch.ops.protoseg.segment_sums(rows, index, count)
-    order = torch.sort(torch.where(index < 0, count, index), stable=True)  # what belongs nowhere comes last
-    starts = torch.searchsorted(order.values, torch.arange(count + 1, device=index.device))
-    sums = F.embedding_bag(order.indices, rows, starts, mode="sum")[:count]
-    return sums, starts.diff().to(rows.dtype)
+    ordered = _ordered(index, count)
+    return _sums(rows, ordered), ordered.counts.to(rows.dtype)
 
 
 def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
@@ -161,13 +161,11 @@ def _rounds(own: Tensor, classes: Tensor, num_classes: int, kappa: float, iterat
     else:
         kernel = kernel.contiguous()
         mine = classes.clamp(min=0)
-        segments = torch.where(classes < 0, num_classes, classes)  # no class: the last row, dropped
-        counted = F.pad(kernel, (0, 1), value=1.0)
-        table = own.new_zeros(num_classes + 1, K + 1).index_add_(0, segments, counted)[:-1]
+        summed = _summing(classes, num_classes)
+        table = summed(F.pad(kernel, (0, 1), value=1.0))
 
         def again(sums: Tensor) -> Tensor:
-            mass = kernel / (kernel * _factors(sums).index_select(0, mine)).sum(1, keepdim=True)
-            return own.new_zeros(num_classes + 1, K).index_add_(0, segments, mass)[:-1]
+            return summed(kernel / (kernel * _factors(sums).index_select(0, mine)).sum(1, keepdim=True))
 
     table = total(table)  # C K+1
     sums, counts = table[:, :K], table[:, K]
@@ -180,3 +178,50 @@ def _factors(sums: Tensor) -> Tensor:
     """(C, K) what gives every prototype of a class the same mass, relative to the class's mean."""
     sums = sums.clamp(min=torch.finfo(sums.dtype).tiny)  # an absent class
     return sums.mean(1, keepdim=True) / sums
+
+
+class _Ordered(NamedTuple):
+    """Rows by segment, those of none in a segment of their own at the end.
+
+    Attributes:
+        rows: (N,) index of the rows, those of a segment together and in their own order.
+        starts: ((count + 1) * parts,) where each part of each segment begins in it.
+        counts: (count,) rows of each segment.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    counts: Tensor
+
+
+def adds_atomically(device: torch.device) -> bool:
+    """Whether `index_add_` adds there in an order that differs from run to run, and so in its last bits."""
+    return device.type != "cpu"
+
+
+def _ordered(index: Tensor, count: int) -> _Ordered:
+    """The (N,) index in [0, count), -1 for nowhere, sorted; how many operations depends on the device alone."""
+    order = torch.sort(torch.where(index < 0, count, index), stable=True)
+    ends = torch.searchsorted(order.values, torch.arange(count + 2, device=index.device))
+    starts, counts = ends[:-1], ends.diff()
+    if adds_atomically(index.device):  # a thread sums a part: one class may hold most of the pixels
+        parts = max(1, min(PARTS, GRID // (count + 1), -(-len(index) // PART)))
+        before = counts[:, None] * torch.arange(parts, device=index.device)
+        starts = (starts[:, None] + before.div_(parts, rounding_mode="floor")).flatten()
+    return _Ordered(order.indices, starts, counts[:-1])
+
+
+def _sums(rows: Tensor, ordered: _Ordered) -> Tensor:
+    """(count, D) sum of the (N, D) rows of each segment: first of each part, then of the parts, each in its order."""
+    count = len(ordered.counts)
+    sums = F.embedding_bag(ordered.rows, rows, ordered.starts, mode="sum")
+    return sums.view(count + 1, -1, rows.shape[1])[:count].sum(1) if adds_atomically(rows.device) else sums[:count]
+
+
+def _summing(index: Tensor, count: int) -> Callable[[Tensor], Tensor]:
+    """(N, D) rows -> (count, D) sum of those of each index in [0, count), -1 for nowhere, always in the same order."""
+    if not adds_atomically(index.device):  # one order as it is, and rows of K numbers are too short to be sorted for
+        segments = torch.where(index < 0, count, index)  # the last row is dropped
+        return lambda rows: rows.new_zeros(count + 1, rows.shape[1]).index_add_(0, segments, rows)[:-1]
+    ordered = _ordered(index, count)
+    return lambda rows: _sums(rows, ordered)
