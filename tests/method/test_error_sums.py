@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from oracles.reference import unit
-from protoseg.kernels import plain_only
+from protoseg.kernels import plain_only, similarity
 from protoseg.method import prototypes as memory
 from protoseg.method.head import PrototypeHead
+from protoseg.method.losses import label_errors
 from protoseg.method.prototypes import assigned_sums, error_sums, momentum_step
 from protoseg.method.sharded import ShardedPrototypeHead
 
@@ -27,46 +28,67 @@ def score(cosines, classes=C):
     return SCALE * cosines.unflatten(1, (classes, -1)).amax(2)
 
 
-def slow_sums(x, given, p, weights):
+def errors_of(x, labels, p):
+    """1[y = c] - P(c) of pixels that are their own labels."""
+    return F.one_hot(labels, len(p)) - score(x @ p.flatten(0, 1).T, len(p)).softmax(1)
+
+
+def slow_sums(x, given, p, errors):
     """One pixel, one class at a time, from the definition."""
     classes, k, _ = p.shape
     sums, counts = torch.zeros(classes * k, D, dtype=torch.float64), torch.zeros(classes * k, dtype=torch.float64)
     for i in range(len(x)):
-        if given[i] < 0:
-            continue
-        y = int(given[i]) // k
         cosine = [[float(x[i] @ p[c, j]) for j in range(k)] for c in range(classes)]
-        probability = torch.tensor([SCALE * max(row) for row in cosine], dtype=torch.float64).softmax(0)
-        counts[given[i]] += 1
-        sums[given[i]] += weights[y] * (1 - probability[y]) * x[i]
         for c in range(classes):
-            if c != y:
-                nearest = max(range(k), key=lambda j, row=cosine[c]: row[j])
-                sums[c * k + nearest] -= weights[y] * probability[c] * x[i]
+            to = c * k + max(range(k), key=lambda j, row=cosine[c]: row[j])
+            if given[i] >= 0 and c == int(given[i]) // k:
+                to = int(given[i])
+                counts[to] += 1
+            sums[to] += errors[i, c] * x[i]
     return sums, counts
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("band", [1, 7 * C * K, 10**6])
-def test_the_sums_are_those_of_the_loop_over_pixels(band, weighted, monkeypatch):
+def test_the_sums_are_those_of_the_loop_over_pixels(band, monkeypatch):
     monkeypatch.setattr(memory, "CPU_BAND", band)
     x, p, given = random_case(band % 97)
-    weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64) if weighted else torch.ones(C, dtype=torch.float64)
-    sums, counts = error_sums(x, given, p, score, weights if weighted else None)
-    slow, number = slow_sums(x, given, p, weights)
+    errors = torch.randn(len(x), C, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sums, counts = error_sums(x, given, p, errors)
+    slow, number = slow_sums(x, given, p, errors)
     assert_close(sums, slow, rtol=0, atol=1e-13)
     assert torch.equal(counts, number)
 
 
-def test_given_their_nearest_prototypes_they_are_the_gradient_of_the_cross_entropy():
-    x, p, given = random_case(1)
-    labels = given.clamp(min=0) // K
-    nearest = (x @ p.flatten(0, 1).T).view(-1, C, K).argmax(2).gather(1, labels[:, None])[:, 0] + labels * K
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(5, 7), (20, 28), (17, 30), (3, 4)])
+def test_errors_of_labels_go_back_by_the_adjoint_of_the_resize(size, align_corners):
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, C, 5, 7, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, C, (2, *size), generator=g)
+    labels[0, 0] = 255
+    weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    found = label_errors(scores, labels, class_weights=weights, align_corners=align_corners)
+    # the resize as a matrix, from what it makes of one bright pixel after the other
+    bright = torch.eye(35, dtype=torch.float64).view(35, 1, 5, 7)
+    matrix = F.interpolate(bright, size=size, mode="bilinear", align_corners=align_corners).view(35, -1)  # hw HW
+    probability = (scores.flatten(2) @ matrix).softmax(1)  # B C HW
+    flat = labels.flatten(1)
+    right = F.one_hot(torch.where(flat == 255, 0, flat), C).transpose(1, 2)
+    wrong = torch.where(flat == 255, 0, weights[flat.clamp(max=C - 1)])[:, None] * (right - probability)
+    expected = wrong @ matrix.T * (35 / (size[0] * size[1]))  # B C hw
+    assert_close(found, expected.transpose(1, 2).reshape(-1, C), rtol=0, atol=1e-13)
+
+
+def test_given_their_nearest_prototypes_they_are_the_gradient_of_the_cross_entropy_of_the_labels():
+    g = torch.Generator().manual_seed(1)
+    x, p, _ = random_case(1, n=35)
+    labels = torch.randint(0, C, (1, 20, 28), generator=g)
     p.requires_grad_(True)
-    loss = F.cross_entropy(score(x @ p.flatten(0, 1).T), labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, p)
-    sums, _ = error_sums(x, nearest, p.detach(), score)
-    assert_close(sums.view_as(p), -gradient / SCALE, rtol=0, atol=1e-13)
+    scores = score(x @ p.flatten(0, 1).T).T.view(1, C, 5, 7)
+    large = F.interpolate(scores, size=(20, 28), mode="bilinear", align_corners=False)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(large, labels, reduction="sum"), p)
+    sums, _ = error_sums(x, torch.full((35,), -1), p.detach(), label_errors(scores.detach(), labels))
+    assert_close(16 * sums.view_as(p), -gradient / SCALE, rtol=0, atol=1e-12)
 
 
 def overlapping(seed, n=600):
@@ -94,7 +116,7 @@ def loss_of(p, x, labels):
 
 def test_they_come_to_rest_at_the_best_softmax_regression_on_unit_vectors_and_means_do_not():
     x, labels = overlapping(0)
-    by_errors = settled(x, labels, lambda x, y, p: error_sums(x, y, p, lambda s: score(s, 2)))
+    by_errors = settled(x, labels, lambda x, y, p: error_sums(x, y, p, errors_of(x, y, p)))
     by_means = settled(x, labels, lambda x, y, p: assigned_sums(x, y, 2))
     free = torch.randn(2, 1, D, generator=torch.Generator().manual_seed(9), dtype=torch.float64).requires_grad_(True)
     optimizer = torch.optim.LBFGS([free], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
@@ -113,27 +135,32 @@ def test_they_come_to_rest_at_the_best_softmax_regression_on_unit_vectors_and_me
 
 def head(**named):
     torch.manual_seed(0)
-    made = PrototypeHead(D, C, num_prototypes=K, projection="none", embed_dim=D, update_from="errors", **named).double()
+    settings = {"num_prototypes": K, "projection": "none", "embed_dim": D, "update_from": "errors", **named}
+    made = PrototypeHead(D, C, **settings).double()
     made.prototypes.copy_(unit(made.prototypes))  # to the last bit of float64, not of float32
     return made
 
 
-def batch(seed=0):
+def batch(seed=0, size=(5, 7)):
     g = torch.Generator().manual_seed(seed)
     features = torch.randn(2, D, 5, 7, generator=g, dtype=torch.float64)
-    labels = torch.randint(0, C, (2, 5, 7), generator=g)
+    labels = torch.randint(0, C, (2, *size), generator=g)
     labels[0, 0] = 255
     return features, labels
 
 
+@pytest.mark.parametrize("size", [(5, 7), (20, 28), (13, 15)])
 @pytest.mark.parametrize("distance", ["cosine", "huber"])
 @pytest.mark.parametrize("rule", ["constant", "bias_corrected", "count_aware"])
-def test_a_head_moves_by_them(rule, distance):
-    one, plain = (head(momentum=0.7, momentum_rule=rule, distance=distance) for _ in range(2))
+def test_a_head_moves_by_them(rule, distance, size):
+    weighted = {"class_weights": (0.5, 2.0, 1.0)}
+    one, plain = (head(momentum=0.7, momentum_rule=rule, distance=distance, **weighted) for _ in range(2))
     before = one.prototypes.clone()
-    features, labels = batch()
+    features, labels = batch(size=size)
     losses = one.losses(features, labels)
-    sums, counts = error_sums(losses.embedding, losses.moving, before, one._measured_score)
+    errors = label_errors(one(features), labels, class_weights=one.class_weights)
+    assert_close(losses.errors, errors, rtol=0, atol=1e-12)
+    sums, counts = error_sums(losses.embedding, losses.moving, before, errors)
     expected, *_ = momentum_step(
         before, one.weight.clone(), one.length.clone(), sums, counts, momentum=0.7, rule=rule, count_cap=one.count_cap
     )
@@ -142,6 +169,20 @@ def test_a_head_moves_by_them(rule, distance):
     with plain_only():
         plain.update(plain.losses(features, labels))
     assert_close(plain.prototypes, one.prototypes, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"score_norm": "layer_norm"}, {"contrast_siblings": False}])
+def test_the_one_pass_hands_out_the_errors_of_the_definition(settings, monkeypatch):
+    monkeypatch.setattr(similarity, "CPU_BAND", 70 * C * K)  # several bands an image
+    monkeypatch.setattr(similarity, "FEWEST_COLUMNS", 7)
+    features, labels = batch(size=(20, 28))
+    one = head(**settings)
+    found = one.losses(features, labels)
+    with plain_only():
+        plain = one.losses(features, labels)
+    assert_close(found.errors, plain.errors, rtol=0, atol=1e-12)
+    assert_close(found.total, plain.total, rtol=0, atol=1e-12)
+    assert head(update_from="all").losses(features, labels).errors is None
 
 
 def test_an_absent_class_keeps_its_bits_though_it_attracts_pixels():

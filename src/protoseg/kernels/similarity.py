@@ -45,6 +45,7 @@ class Settings:
         siblings: whether the other prototypes of the own class are negatives of Eq. (5).
         layer_norm: eps of a LayerNorm over the classes' scores, or None.
         predict: whether `Assign` wants the class of highest score.
+        errors: whether the update wants what the classes still get wrong (`losses.label_errors`).
         negative_weight: what a drawn negative stands for, where only some are drawn.
     """
 
@@ -57,6 +58,7 @@ class Settings:
     align_corners: bool
     layer_norm: float | None = None
     predict: bool = False
+    errors: bool = False
     negative_weight: float = 1.0
 
 
@@ -94,7 +96,7 @@ class Batch:
 
 @dataclass
 class Swept:
-    """What one sweep gives. `gradient` (N, D) lacks the targets' term; the last three are None unless asked for."""
+    """What one sweep gives. `gradient` (N, D) lacks the targets' term; the last four are None unless asked for."""
 
     ce: Tensor  # () mean
     log_sum: Tensor  # (N,) log-sum-exp of cosine / tau; without siblings over what Eq. (5) then leaves
@@ -104,6 +106,7 @@ class Swept:
     log_scale: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
+    errors: Tensor | None  # (N, C)
 
 
 def sweep(
@@ -116,6 +119,7 @@ def sweep(
     raw: Tensor | None = None,
     target: Tensor | None = None,
     only_own: bool = False,
+    errors: bool = False,
 ) -> Swept:
     """The pass over all bands.
 
@@ -125,6 +129,7 @@ def sweep(
         raw: (N, D) embedding before unit length; then `batch.embedding` is filled here.
         target: (N,) in [0, C*K) or -1; wanted beforehand only without siblings.
         only_own: fill `own` and `predicted` and leave the losses.
+        errors: whether those of the labels are wanted; `ce_weight` is then 1.
     """
     s = batch.settings
     C, K, D = batch.prototypes.shape
@@ -163,11 +168,14 @@ def sweep(
         log_scale=torch.zeros_like(scale) if parameters else None,
         norm_weight=new(C).zero_() if parameters and s.layer_norm is not None else None,
         norm_bias=new(C).zero_() if parameters and s.layer_norm is not None else None,
+        errors=new(C, N) if errors else None,  # turned in the end, as `own`
     )
 
     def finish(seen: list[Tensor], best: Tensor, scores_gradient: Tensor, start: int, end: int) -> None:
         """Log-sum-exp, own cosines and gradient of pixels [start, end), whose cross-entropy is complete."""
         part = slice(start, end)
+        if swept.errors is not None:
+            swept.errors[:, part] = scores_gradient
         if kernels is not None:  # log-sum-exp and own cosines are there already
             best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
             if swept.gradient is not None:
@@ -256,11 +264,13 @@ def sweep(
             finish(seen, best, scores_gradient, start, end)
     swept.ce *= batch.label_share
     swept.own = swept.own.T
+    if swept.errors is not None:  # from minus the gradient of a mean over labels to units of a pixel
+        swept.errors = swept.errors.mul_(-(h * w) / (height * width) / batch.label_share).T
     return swept
 
 
 class OnePass(torch.autograd.Function):
-    """(N, D) raw embedding, (C, K, D) prototypes -> total, CE, PPC, PPD, unit embedding, assignment, moving.
+    """(N, D) raw embedding, (C, K, D) prototypes -> total, CE, PPC, PPD, unit embedding, assignment, moving, errors.
 
     The gradient of the total is made in the forward pass. A gradient asked of CE, PPC or PPD by themselves, or a second
     time, is made when it is asked for, at the price of another pass.
@@ -283,7 +293,7 @@ class OnePass(torch.autograd.Function):
         settings: Settings,
         shard: Shard | None,
         assign: Assign,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         raw = raw.detach()
         s = settings
         batch = Batch(
@@ -295,12 +305,12 @@ class OnePass(torch.autograd.Function):
         needed = {"gradient": ctx.needs_input_grad[0], "parameters": any(ctx.needs_input_grad[1:4])}
         weights = (1.0, s.contrast_weight)
         if s.siblings:
-            swept = sweep(batch, *weights, raw=raw, **needed)
+            swept = sweep(batch, *weights, raw=raw, errors=s.errors, **needed)
             target, moving = assign(swept.own, swept.predicted)
         else:  # which prototypes repel a pixel depends on the one it was given, so that comes first
             first = sweep(batch, 0.0, 0.0, raw=raw, gradient=False, parameters=False, only_own=True)
             target, moving = assign(first.own, first.predicted)
-            swept = sweep(batch, *weights, target=target, **needed)
+            swept = sweep(batch, *weights, target=target, errors=s.errors, **needed)
         labelled = target >= 0
         K = prototypes.shape[1]
         near = swept.own.gather(1, (target % K)[:, None])[:, 0]  # N, cosine with the prototype that was given
@@ -321,14 +331,14 @@ class OnePass(torch.autograd.Function):
                 s.distance_weight * pixel_share,
             )
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(batch.embedding, target, moving)
+        ctx.mark_non_differentiable(*(t for t in (batch.embedding, target, moving, swept.errors) if t is not None))
         ctx.save_for_backward(
             prototypes, raw, batch.embedding, log_scale, norm_weight, norm_bias, target, near, labels, classes,
             class_weights, label_share, pixel_share, negatives,
         )  # fmt: skip
         ctx.settings, ctx.shard = settings, shard
         ctx.made = swept if any(ctx.needs_input_grad) else None  # given away by the first backward
-        return total, swept.ce, ppc, ppd, batch.embedding, target, moving
+        return total, swept.ce, ppc, ppd, batch.embedding, target, moving, swept.errors
 
     @staticmethod
     @once_differentiable
@@ -375,7 +385,7 @@ class OnePass(torch.autograd.Function):
         return (*wanted, *(None,) * 10)
 
 
-def one_pass(batch: Batch, assign: Assign) -> tuple[Tensor, ...]:
+def one_pass(batch: Batch, assign: Assign) -> tuple[Any, ...]:
     """`OnePass` of a batch whose embedding is not yet of unit length."""
     learned = [batch.embedding, batch.log_scale, batch.norm_weight, batch.norm_bias]
     if not torch.is_grad_enabled():  # a Function hears of a parameter's wish even where nobody records

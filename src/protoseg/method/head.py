@@ -18,6 +18,7 @@ from protoseg.method.losses import (
     Losses,
     check_labels,
     draw_negatives,
+    label_errors,
     labelled_count,
     labelled_mass,
     pixel_prototype_contrast,
@@ -249,10 +250,6 @@ class PrototypeHead(nn.Module):
         """(N, C*K) similarities -> (N, C) class scores, the logits of Eq. (2)."""
         return self._score(class_similarity(similarity, len(self.prototypes)))
 
-    def _measured_score(self, cosines: Tensor) -> Tensor:
-        """(n, C*K) cosines -> (n, C) class scores."""
-        return self.score(measured(cosines, self.distance))
-
     def _score(self, nearest: Tensor) -> Tensor:
         scores = nearest * self.log_scale.exp()
         return scores if self.score_norm is None else self.score_norm(scores)
@@ -315,7 +312,16 @@ class PrototypeHead(nn.Module):
             )
             ppd = pixel_prototype_distance(similarity, assignment, total=self._total)
             total = total_loss(ce, ppc, ppd, self.contrast_weight, self.distance_weight)
-        return self._bundle(total, ce, ppc, ppd, assignment.view(B, h, w), embedding.detach(), moving)
+            errors = None
+            if self.update_from == "errors":
+                errors = label_errors(
+                    scores.detach().view(B, h, w, -1).permute(0, 3, 1, 2),
+                    labels,
+                    ignore_index=self.ignore_index,
+                    class_weights=self.class_weights,
+                    align_corners=self.align_corners,
+                )
+        return self._bundle(total, ce, ppc, ppd, assignment.view(B, h, w), embedding.detach(), moving, errors)
 
     def _losses_in_one_pass(
         self, raw: Tensor, labels: Tensor, classes: Tensor, size: tuple[int, int, int], gumbel: Tensor | None
@@ -331,6 +337,7 @@ class PrototypeHead(nn.Module):
             align_corners=self.align_corners,
             layer_norm=None if self.score_norm is None else self.score_norm.eps,
             predict=self.update_from == "correct",
+            errors=self.update_from == "errors",
             negative_weight=self.num_classes * self.num_prototypes / (self.contrast_negatives or 1),
         )
         share = ranks_share(self._total)
@@ -350,10 +357,10 @@ class PrototypeHead(nn.Module):
             negatives=self._negatives(),
             shard=self._shard,
         )
-        total, ce, ppc, ppd, embedding, assignment, moving = kernels.one_pass(
+        total, ce, ppc, ppd, embedding, assignment, moving, errors = kernels.one_pass(
             batch, lambda own, predicted: self._assign(own, predicted, classes, gumbel, raw)
         )
-        return self._bundle(total, ce, ppc, ppd, assignment.view(size), embedding, moving)
+        return self._bundle(total, ce, ppc, ppd, assignment.view(size), embedding, moving, errors)
 
     def _negatives(self) -> Tensor | None:
         if self.contrast_negatives is None:
@@ -363,10 +370,17 @@ class PrototypeHead(nn.Module):
 
     @staticmethod
     def _bundle(
-        total: Tensor, ce: Tensor, ppc: Tensor, ppd: Tensor, assignment: Tensor, embedding: Tensor, moving: Tensor
+        total: Tensor,
+        ce: Tensor,
+        ppc: Tensor,
+        ppd: Tensor,
+        assignment: Tensor,
+        embedding: Tensor,
+        moving: Tensor,
+        errors: Tensor | None,
     ) -> Losses:
         parts = {"loss": total.detach(), "ce": ce.detach(), "ppc": ppc.detach(), "ppd": ppd.detach()}
-        return Losses(total, ce, ppc, ppd, assignment, embedding, moving, parts)
+        return Losses(total, ce, ppc, ppd, assignment, embedding, moving, parts, errors)
 
     @torch.no_grad()
     def update(self, losses: Losses | Sequence[Losses]) -> None:
@@ -387,9 +401,8 @@ class PrototypeHead(nn.Module):
         rule: dict[str, Any] = {"momentum": self.momentum, "rule": self.momentum_rule, "count_cap": self.count_cap}
         summed = None
         if self.update_from == "errors":
-            summed = error_sums(
-                embedding, moving, self.prototypes, self._measured_score, self.class_weights, self._total
-            )
+            errors = _joined([batch.errors for batch in batches if batch.errors is not None])
+            summed = error_sums(embedding, moving, self.prototypes, errors, self._total)
         counts = move_(memory, embedding, moving, verdict, total=self._total, summed=summed, **rule)
         if self.across_ranks == "average" and ranks.world_size() > 1:
             self.prototypes.copy_(unit(ranks.total(self.prototypes / ranks.world_size())))

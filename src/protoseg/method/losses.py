@@ -30,6 +30,7 @@ class Losses:
         moving: (N,) int64 prototype each pixel moves, -1 for none; the same as `assignment` but for options that
             update from a draw or from correct pixels only.
         parts: name -> detached () tensor, for logs.
+        errors: (N, C) of `label_errors`, where the update wants them.
     """
 
     total: Tensor
@@ -40,6 +41,7 @@ class Losses:
     embedding: Tensor | None = None
     moving: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
+    errors: Tensor | None = None
 
     @classmethod
     def cross_entropy_only(cls, ce: Tensor) -> Losses:
@@ -136,6 +138,43 @@ def segmentation_cross_entropy(
     weights = None if class_weights is None else class_weights.to(scores.dtype)
     summed = F.cross_entropy(scores, labels, weight=weights, ignore_index=ignore_index, reduction="sum")
     return ranks_share(total) * summed / labelled_mass(labels, ignore_index, class_weights, scores.dtype, total)
+
+
+@torch.no_grad()
+def label_errors(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: Tensor | None = None,
+    align_corners: bool = False,
+) -> Tensor:
+    """What the classes still get wrong, w_y (1[y = c] - P(c)) of every label, at feature size.
+
+    The errors of the labels go back the way the scores came, by the adjoint of the bilinear resize: this is minus the
+    gradient of `segmentation_cross_entropy` to the scores, in units of one feature pixel. With labels at feature size
+    it is 1[y = c] - P(c) of the pixel itself; otherwise a pixel on a border holds what both classes want of it.
+
+    Args:
+        scores: (B, C, h, w). labels: (B, H, W), `ignore_index` counts for nothing.
+        class_weights: (C,) w; None: 1.
+
+    Returns:
+        (N, C) rows (b h w).
+    """
+    (B, C, h, w), size = scores.shape, labels.shape[1:]
+    if size != (h, w):
+        scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=align_corners)
+    valid = labels != ignore_index
+    target = labels.masked_fill(~valid, 0)
+    errors = scores.softmax(1).neg_()
+    errors.scatter_(1, target[:, None], errors.gather(1, target[:, None]) + 1)
+    weights = valid.to(errors.dtype) if class_weights is None else valid * class_weights.to(errors.dtype)[target]
+    errors *= weights[:, None]
+    if size != (h, w):
+        errors = torch.ops.aten.upsample_bilinear2d_backward(errors, size, (B, C, h, w), align_corners)
+        errors *= (h * w) / (size[0] * size[1])
+    return errors.permute(0, 2, 3, 1).reshape(-1, C)
 
 
 def draw_negatives(count: int, number: int, device: torch.device) -> Tensor:

@@ -6,7 +6,6 @@ owns."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -84,12 +83,7 @@ def assigned_sums(
 
 
 def error_sums(
-    embedding: Tensor,
-    prototype: Tensor,
-    prototypes: Tensor,
-    score: Callable[[Tensor], Tensor],
-    class_weights: Tensor | None = None,
-    total: Reduction = ranks.total,
+    embedding: Tensor, prototype: Tensor, prototypes: Tensor, errors: Tensor, total: Reduction = ranks.total
 ) -> tuple[Tensor, Tensor]:
     """`assigned_sums` of what the classes still get wrong (`update_from="errors"`).
 
@@ -100,15 +94,14 @@ def error_sums(
         sum over i of (1[y_i = c] - P(c given i)) x_i,
 
     which is what the best softmax regression on vectors of unit length does: the direction is that of the
-    cross-entropy's gradient at feature size, taken without an optimiser, and every prototype stays a weighted sum of
-    pixels. It is not in the paper; learning vector quantisation (Kohonen 1990) moves its prototypes by the same signs.
+    cross-entropy's gradient, taken without an optimiser, and every prototype stays a weighted sum of pixels. It is not
+    in the paper; learning vector quantisation (Kohonen 1990) moves its prototypes by the same signs.
 
     Args:
         embedding: (N, D) unit vectors.
-        prototype: (N,) index in [0, C*K), -1 for pixels that move nothing.
+        prototype: (N,) index in [0, C*K), -1 for pixels that were given none: all their errors go to the nearest.
         prototypes: (C, K, D) the indices belong to.
-        score: (n, C*K) cosines -> (n, C) class scores, as of `PrototypeHead.score` behind its distance.
-        class_weights: (C,) of the cross-entropy: what a pixel of a class counts for; None: all alike.
+        errors: (N, C) of `losses.label_errors`: 1[y = c] - P(c), taken at the labels' own size.
 
     Returns:
         (C*K, D) sums and (C*K,) how many pixels each was given.
@@ -117,18 +110,16 @@ def error_sums(
     sums = embedding.new_zeros(C * K, D)
     step = max(1, (CPU_BAND if embedding.device.type == "cpu" else GPU_BAND) // (C * K))
     for start in range(0, len(embedding), step):
-        x, given = embedding[start : start + step], prototype[start : start + step]
-        counted, given = (given >= 0)[:, None].to(x.dtype), given.clamp(min=0)[:, None]  # n 1
+        x, given = embedding[start : start + step], prototype[start : start + step, None]
+        wanted = errors[start : start + step].to(x.dtype)  # n C
+        known, given = given >= 0, given.clamp(min=0)  # n 1
         own = given.div(K, rounding_mode="floor")
-        if class_weights is not None:
-            counted = counted * class_weights.to(x.dtype)[own]
-        cosines = cosine_similarity(x, prototypes)  # n CK
-        nearest = cosines.unflatten(1, (C, K)).argmax(2, keepdim=True)  # n C 1
-        taken = score(cosines).softmax(1).to(x.dtype) * counted  # n C
-        lacking = counted - taken.gather(1, own)  # n 1
-        weights = torch.zeros_like(cosines).unflatten(1, (C, K))
-        weights.scatter_(2, nearest, -taken.scatter(1, own, 0)[..., None])
-        sums.addmm_(weights.flatten(1).scatter_(1, given, lacking).T, x)
+        lacking = wanted.gather(1, own) * known
+        nearest = cosine_similarity(x, prototypes).unflatten(1, (C, K)).argmax(2, keepdim=True)  # n C 1
+        weights = x.new_zeros(len(x), C, K)
+        weights.scatter_(2, nearest, wanted.scatter(1, own, wanted.gather(1, own) - lacking)[..., None])
+        weights = weights.flatten(1)
+        sums.addmm_(weights.scatter_(1, given, weights.gather(1, given) + lacking).T, x)
     _, counts = _local_sums(embedding[:, :1].contiguous(), prototype, C * K)
     return _over_ranks(sums, counts, total)
 
