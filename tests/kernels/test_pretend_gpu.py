@@ -31,6 +31,7 @@ VARIANTS = {
     "kmeans": {"assignment": "kmeans"},
     "count aware": {"momentum_rule": "count_aware", "start": "data", "update_from": "correct"},
     "class weights": {"class_weights": [0.5] * 30},
+    "errors": {"update_from": "errors"},
     "euclidean": {"distance": "euclidean"},
 }
 

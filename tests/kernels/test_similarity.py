@@ -15,6 +15,7 @@ VARIANTS = {
     "LayerNorm over classes": {"score_norm": "layer_norm"},
     "fixed scale": {"learn_scale": False},
     "correct only": {"update_from": "correct"},
+    "errors": {"update_from": "errors"},
     "nearest": {"assignment": "nearest"},
     "class weights": {"class_weights": [0.5, 2.0, 1.0]},
     "align corners": {"align_corners": True},

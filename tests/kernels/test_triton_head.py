@@ -19,6 +19,7 @@ VARIANTS = {
     "no siblings": {"contrast_siblings": False},
     "LayerNorm over classes": {"score_norm": "layer_norm"},
     "correct only": {"update_from": "correct"},
+    "errors": {"update_from": "errors"},
     "class weights": {"class_weights": [0.5, 2.0, 1.0]},
     "align corners": {"align_corners": True},
     "K=1": {"num_prototypes": 1},
