@@ -1,58 +1,164 @@
-"""Whether the prototypes of a class have found looks that nobody told them: python studies/purity.py LIST IMAGES RUN...
+"""Whether the prototypes of a class have found looks that nobody told them.
 
-LIST names a picture and its look in every line, as `dsb2018/test.txt` does. Purity of a class: the share of its pixels
-whose prototype's most frequent look is their own, every picture counted alike and every look too; without any
-knowledge of looks it is one over their number. Pixels belong to the class they are given, not to the true one.
+Looks of whole pictures, from a LIST that names a picture and its look in every line, as `dsb2018/test.txt` does:
+
+    python studies/purity.py LIST IMAGES RUN...
+
+Looks of pixels: the classes of a finer description of the same masks, or what generated scenes were painted as:
+
+    python studies/purity.py --root CAMVID --classes studies/data/camvid-four.yaml \\
+        --looks studies/data/camvid-trainval.yaml RUN...
+    python studies/purity.py --generated RUN...
+
+Purity of a class: the share of its pixels whose prototype's most frequent look is their own, every look counted alike;
+without any knowledge of looks it is one over their number. With looks of pictures every picture counts alike too, and
+pixels belong to the class they are given. With looks of pixels a pixel belongs to its true class, and its prototype is
+the nearest of that class, at label size: what the model takes it for does not matter.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from protoseg.config import Data, UserError
+from protoseg.data import catalog, synthetic
+from protoseg.data.dataset import read
 from protoseg.data.images import read_image
 from protoseg.data.transforms import resize_image
-from protoseg.engine.looks import chosen_prototypes, similarities
-from protoseg.tasks.prediction import load
+from protoseg.engine.looks import chosen_prototypes, count_looks, own_prototypes, purity, similarities
+from protoseg.tasks.prediction import Predictor, load
+from protoseg.tasks.saved import model_folder, recorded, settings_of
+
+Pictures = Iterable[tuple[Tensor, Tensor, Tensor]]  # image (3, H, W) uint8, label and look (H, W) int64
 
 
-def shares(run: Path, pictures: list[tuple[Path, int]], looks: int) -> tuple[tuple[str, ...], Tensor]:
-    """Names of the classes, and (C, K, L): how much of look l is given prototype k of class c, in pictures."""
-    predictor = load(run)
+def shares(predictor: Predictor, pictures: list[tuple[Path, int]], looks: int) -> Tensor:
+    """(C, K, L): how much of look l is given prototype k of class c, in pictures."""
     C, K = predictor.segmenter.head.prototypes.shape[:2]
     table = torch.zeros(C, K, looks, dtype=torch.float64)
     for file, look in pictures:
         image = resize_image(torch.from_numpy(read_image(file)).permute(2, 0, 1), predictor._sizes)
-        chosen = chosen_prototypes(similarities(predictor.segmenter, image)).flatten()
+        chosen = chosen_prototypes(similarities(predictor.segmenter, image)).flatten().cpu()
         table[:, :, look] += torch.bincount(chosen, minlength=C * K).view(C, K) / len(chosen)
-    return predictor.names, table
+    return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("list", type=Path)
-    parser.add_argument("images", type=Path)
-    parser.add_argument("runs", type=Path, nargs="+")
-    arguments = parser.parse_args()
-    lines = [line.split() for line in arguments.list.read_text().splitlines()]
-    names = sorted({look for _, look in lines})
-    files = {file.stem: file for file in arguments.images.iterdir()}
-    pictures = [(files[stem], names.index(look)) for stem, look in lines]
-    print(f"{len(pictures)} pictures, looks {', '.join(names)}: purity without knowing them {1 / len(names):.2f}")
-    for run in arguments.runs:
-        classes, table = shares(run, pictures, len(names))
-        for name, part in zip(classes, table):
-            alike = part / part.sum(0)  # K L, every look weighs 1
-            purity = alike.max(1).values.sum() / len(names)
-            print(f"{run} {name}: purity {purity:.2f}")
-            for k in part.sum(1).argsort(descending=True).tolist():
-                if part[k].sum() < 0.01 * part.sum():
-                    continue
-                mixed = ", ".join(f"{look} {share:.0%}" for look, share in zip(names, part[k] / part[k].sum()))
-                print(f"  prototype {k}, {part[k].sum() / part.sum():4.0%} of the class: {mixed}")
+def pixel_shares(predictor: Predictor, pictures: Pictures, looks: int) -> Tensor:
+    """(C, K, L): pixels of class c in look l whose nearest prototype of their class is k."""
+    head = predictor.segmenter.head
+    C, K = head.prototypes.shape[:2]
+    table = torch.zeros(C, K, looks, dtype=torch.float64)
+    for image, label, look in pictures:
+        similarity = similarities(predictor.segmenter, resize_image(image, predictor._sizes)).cpu()
+        table += count_looks(own_prototypes(similarity, label, head.align_corners), label, look, (C, K, looks))
+    return table
+
+
+def finer(classes: Path, looks: Path, root: str, split: str) -> tuple[list[str], list[list[str]], Pictures]:
+    """Names of the classes of `classes`, for each the names of the looks, and the pictures of a split.
+
+    Raises:
+        UserError: the two descriptions do not name the same pictures.
+    """
+    coarse, fine = (catalog.find(Data(name="folder", root=root, file=str(file)), split) for file in (classes, looks))
+    if coarse.images != fine.images:
+        raise UserError(f"{classes} and {looks} name different pictures in {split!r}; give two of the same masks")
+
+    def pictures() -> Pictures:
+        for i in range(len(coarse)):
+            image, label = read(coarse, i)
+            look = torch.from_numpy(read(fine, i)[1])
+            yield torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), look
+
+    return list(coarse.labels.names), [list(fine.labels.names)] * coarse.labels.num_classes, pictures()
+
+
+def generated(data: Data, split: str) -> tuple[list[str], list[list[str]], Pictures]:
+    """The same for scenes that are painted as `data` says."""
+    scenes = synthetic.scenes(split, data.length, data.crop_size, data.limit)
+
+    def pictures() -> Pictures:
+        for i in range(scenes.count):
+            image, label = scenes.item(i)
+            yield torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), torch.from_numpy(scenes.looks(i))
+
+    return list(synthetic.LABELS.names), [list(names) for names in synthetic.LOOKS], pictures()
+
+
+def of_run(run: Path) -> Data:
+    """The data settings of a run.
+
+    Raises:
+        UserError: it has no generated scenes.
+    """
+    data = settings_of(Data, recorded(model_folder(run)).get("data", {}), str(run))
+    if data.name != "synthetic":
+        raise UserError(f"{run} was not trained on generated scenes but on {data.name}; give --classes and --looks")
+    return data
+
+
+def show(run: Path, classes: Iterable[str], looks: Iterable[list[str]], table: Tensor) -> None:
+    """Print purity and what each prototype is made of; prototypes below one percent of their class are left out."""
+    for name, names, part in zip(classes, looks, table):
+        found, chance = purity(part)
+        print(f"{run} {name}: purity {found:.2f}, without knowing looks {chance:.2f}")
+        for k in part.sum(1).argsort(descending=True).tolist():
+            if part[k].sum() == 0 or part[k].sum() < 0.01 * part.sum():
+                continue
+            made_of = zip(names, part[k] / part[k].sum(), part.sum(0))
+            mixed = ", ".join(f"{look} {share:.0%}" for look, share, there in made_of if there > 0)
+            print(f"  prototype {k}, {part[k].sum() / part.sum():4.0%} of the class: {mixed}")
+
+
+def measure_pixels(run: Path, given: Callable[[Path], tuple[list[str], list[list[str]], Pictures]]) -> None:
+    """Print one run's purity in the looks of pixels.
+
+    Raises:
+        UserError: the run has other classes than the pictures.
+    """
+    predictor = load(run)
+    classes, looks, pictures = given(run)
+    if list(predictor.names) != classes:
+        raise UserError(f"{run} knows the classes {', '.join(predictor.names)}; the pictures have {', '.join(classes)}")
+    show(run, classes, looks, pixel_shares(predictor, pictures, max(map(len, looks))))
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="see the forms below"
+    )
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="[LIST IMAGES] RUN...")
+    parser.add_argument("--classes", type=Path, help="description of the data set that the runs were trained on")
+    parser.add_argument("--looks", type=Path, help="description of the same masks whose classes are the looks")
+    parser.add_argument("--root", default="", help="folder of the pictures; default: that of --classes")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--generated", action="store_true", help="scenes as each run's own recipe paints them")
+    arguments = parser.parse_args(words)
+    if arguments.generated:
+        for run in arguments.paths:
+            measure_pixels(run, lambda run: generated(of_run(run), arguments.split))
+    elif arguments.classes or arguments.looks:
+        if not (arguments.classes and arguments.looks):
+            parser.error("--classes and --looks belong together")
+        for run in arguments.paths:
+            measure_pixels(run, lambda _: finer(arguments.classes, arguments.looks, arguments.root, arguments.split))
+    else:
+        if len(arguments.paths) < 3:
+            parser.error("give LIST IMAGES RUN..., or --classes and --looks, or --generated")
+        listed, images, *runs = arguments.paths
+        lines = [line.split() for line in listed.read_text().splitlines()]
+        names = sorted({look for _, look in lines})
+        files = {file.stem: file for file in images.iterdir()}
+        pictures = [(files[stem], names.index(look)) for stem, look in lines]
+        print(f"{len(pictures)} pictures, looks {', '.join(names)}")
+        for run in runs:
+            predictor = load(run)
+            show(run, predictor.names, [names] * len(predictor.names), shares(predictor, pictures, len(names)))
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ class Head:
 
     Args:
         kind: `prototype`; or a parametric baseline: `softmax` (a plain 1x1), `softmax_projected` (behind the same
-            projection), `cosine` (learned unit vectors behind the same projection).
+            projection), `cosine` (one learned unit vector a class behind the same projection), `cosine_subcentres`
+            (`num_prototypes` of them a class).
         preset: `default`; `reference` is the 2022 code step for step, `reference_fixed` its constants without its
             mistakes. The settings below override it.
         num_prototypes: K, per class.

@@ -54,3 +54,34 @@ def test_impossible_scenes_are_refused():
         catalog.find(Data(crop_size=(8, 64)), "train")
     with pytest.raises(DataError, match=r"data\.limit is 0"):
         catalog.find(Data(limit=0), "train")
+
+
+def test_the_looks_are_the_ones_the_scene_was_painted_in():
+    """Every pixel has a look of its class, ground and sky one a scene, and a look shows in the colour."""
+    scenes = synthetic.scenes("train", 60, (48, 64))
+    meadows = {look: [] for look in range(len(synthetic.MEADOWS))}
+    seen = set()
+    for i in range(60):
+        image, label = scenes.item(i)
+        looks = scenes.looks(i)
+        assert looks.shape == label.shape
+        assert looks.dtype == np.int64
+        seen |= set(zip(label.ravel().tolist(), looks.ravel().tolist()))
+        for c in (synthetic.SKY, synthetic.MOUNTAIN, synthetic.MEADOW, synthetic.LAKE):
+            assert len(np.unique(looks[label == c])) <= 1
+        sky = int(looks[label == synthetic.SKY][0])
+        assert sky == np.random.default_rng([0, i]).integers(len(synthetic.SKIES))  # the generator's first draw
+        if (label == synthetic.MEADOW).any():
+            light = synthetic.SKIES[sky][2]
+            look = int(looks[label == synthetic.MEADOW][0])
+            meadows[look].append(image[label == synthetic.MEADOW].mean(0) / light)
+    assert seen == {(c, look) for c, names in enumerate(synthetic.LOOKS) for look in range(len(names))}
+    for look, colours in meadows.items():
+        away = np.abs(np.mean(colours, 0) - np.array(synthetic.MEADOWS)).sum(1)
+        assert away.argmin() == look
+
+
+def test_the_looks_have_the_lengths_of_the_painters_tables():
+    tables = ("SKIES", "MOUNTAINS", "MEADOWS", "LAKES", "TREES", "HOUSES", "BALLOONS")
+    assert [len(names) for names in synthetic.LOOKS] == [len(getattr(synthetic, table)) for table in tables]
+    assert len(synthetic.LABELS.names) == len(synthetic.LOOKS) <= synthetic.STRIDE

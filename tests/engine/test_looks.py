@@ -1,10 +1,20 @@
 """What the looks say must be what the head scores."""
 
+import math
+
+import pytest
 import torch
 from torch.testing import assert_close
 
 from protoseg.config import Head, Model
-from protoseg.engine.looks import chosen_prototypes, find_looks, similarities
+from protoseg.engine.looks import (
+    chosen_prototypes,
+    count_looks,
+    find_looks,
+    own_prototypes,
+    purity,
+    similarities,
+)
 from protoseg.models import build
 
 
@@ -58,3 +68,52 @@ def test_typical_places_are_the_most_similar_ones_inside_the_margin():
                 own = (chosen_prototypes(table) == 4 * c + k)[5:25, 5:40]
                 assert place.cosine == table[c, k, 5:25, 5:40][own].max()
     assert seen
+
+
+def test_a_pixels_own_prototype_is_of_its_true_class_whatever_wins():
+    table = similarities(model(), picture())
+    labels = torch.randint(0, 3, (30, 45), generator=torch.Generator().manual_seed(1))
+    labels[0], labels[1] = 255, -1
+    own = own_prototypes(table, labels)
+    for row in range(30):
+        for column in range(0, 45, 7):
+            c = int(labels[row, column])
+            expected = table[c, :, row, column].argmax() if 0 <= c < 3 else -1
+            assert own[row, column] == expected
+
+
+def test_own_prototypes_go_to_the_size_of_the_labels():
+    table = similarities(model(), picture())
+    labels = torch.zeros(60, 90, dtype=torch.int64)
+    large = torch.nn.functional.interpolate(table[:1].flatten(0, 1)[None], (60, 90), mode="bilinear")[0]
+    assert torch.equal(own_prototypes(table, labels), large.argmax(0))
+
+
+def test_looks_are_counted_where_all_is_known():
+    chosen = torch.tensor([[0, 1, 1], [1, -1, 0]])
+    labels = torch.tensor([[0, 1, 1], [255, 0, 1]])
+    looks = torch.tensor([[2, 0, 0], [0, 0, 255]])
+    counts = count_looks(chosen, labels, looks, (2, 2, 3))
+    expected = torch.zeros(2, 2, 3, dtype=torch.float64)
+    expected[0, 0, 2], expected[1, 1, 0] = 1, 2
+    assert torch.equal(counts, expected)
+
+
+@pytest.mark.parametrize(
+    ("part", "found", "chance"),
+    [
+        ([[9, 0, 0], [0, 1, 0], [0, 0, 5]], 1.0, 1 / 3),  # each look a prototype of its own
+        ([[90, 0], [0, 1], [10, 0]], 1.0, 1 / 2),  # several prototypes a look are as pure
+        ([[90, 3], [30, 1]], 1 / 2, 1 / 2),  # prototypes that do not look: each look in the same shares
+        ([[99, 50], [1, 50]], 0.745, 1 / 2),  # (0.99 + 0.50) / 2, whatever the 100 pixels of each are worth
+        ([[990, 5], [10, 5]], 0.745, 1 / 2),  # the same with a rare look
+        ([[4, 0, 0], [0, 4, 0]], 1.0, 1 / 2),  # a look that never occurs is none
+        ([[5, 0], [7, 0]], 1.0, 1.0),
+    ],
+)
+def test_purity_by_hand(part, found, chance):
+    assert purity(torch.tensor(part)) == pytest.approx((found, chance))
+
+
+def test_a_class_without_a_pixel_has_no_purity():
+    assert all(math.isnan(number) for number in purity(torch.zeros(3, 2)))

@@ -2,7 +2,8 @@
 
 Every class has several looks (a tree is a fir, a round crown, an autumn or a blossoming one; the sky is clear, at
 dusk, at night or grey) and looks of different classes share colours, so that one centre per class is a poor summary:
-the case prototypes are for. A scene is a function of (split, index) and its size alone.
+the case prototypes are for. A scene is a function of (split, index) and its size alone. While it is painted the mask
+holds class + 8 * look, so that both are known of every pixel (`Scenes.looks`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,17 @@ LABELS = LabelSpace(
         (120, 180, 235), (140, 120, 110), (150, 200, 90), (40, 100, 200), (20, 110, 60), (200, 60, 50), (245, 180, 40),
     ),
 )  # fmt: skip
+# What each class may look like, in the order of the tables below.
+LOOKS = (
+    ("clear", "dusk", "night", "overcast"),
+    ("peaks", "hills", "tables"),
+    ("grass", "wheat", "snow", "sand"),
+    ("blue", "turquoise", "dark"),
+    ("fir", "round", "autumn", "blossom"),
+    ("brick", "white", "timber"),
+    ("gores", "belt", "dots"),
+)
+STRIDE = 8  # of the looks in the codes that are painted; more than there are classes
 SPLITS = {"train": 0, "val": 1, "test": 2}
 FINE = 2  # scenes are painted at twice their size and averaged, so that edges are soft as in photos
 
@@ -60,7 +72,12 @@ class Scenes:
 
     def item(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Image (H, W, 3) uint8 and train ids (H, W) int64 of scene `index`."""
-        return paint(np.random.default_rng([self.number, index]), self.size)
+        image, codes = paint(np.random.default_rng([self.number, index]), self.size)
+        return image, codes % STRIDE
+
+    def looks(self, index: int) -> NDArray[np.int64]:
+        """(H, W) int64, the look of every pixel of scene `index`: its number in `LOOKS[train id]`."""
+        return paint(np.random.default_rng([self.number, index]), self.size)[1] // STRIDE
 
 
 def scenes(split: str, length: int, size: tuple[int, int], limit: int | None = None) -> Scenes:
@@ -78,49 +95,59 @@ def scenes(split: str, length: int, size: tuple[int, int], limit: int | None = N
 
 
 def paint(rng: np.random.Generator, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """One landscape, from the back to the front: sky, mountains, meadow, lake, balloons, houses, trees."""
+    """One landscape, from the back to the front: sky, mountains, meadow, lake, balloons, houses, trees.
+
+    Returns:
+        Image (H, W, 3) uint8 and codes (H, W) int64, class + STRIDE * look.
+    """
     height, width = size[0] * FINE, size[1] * FINE
-    top, bottom, light, stars = SKIES[rng.integers(len(SKIES))]
+    look = int(rng.integers(len(SKIES)))
+    top, bottom, light, stars = SKIES[look]
     down = np.linspace(0, 1, height)[:, None, None]
     picture = np.asarray(top) * (1 - down) + np.asarray(bottom) * down + np.zeros((height, width, 1))
     picture = picture.astype(np.float32)
-    labels = np.full((height, width), SKY, dtype=np.uint8)
+    codes = np.full((height, width), code(SKY, look), dtype=np.uint8)
     for y, x in zip(rng.integers(0, height, stars), rng.integers(0, width, stars)):
         picture[y : y + FINE, x : x + FINE] = 230
     horizon = rng.uniform(0.4, 0.6) * height
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
     if rng.random() < 0.8:
-        _mountains(rng, picture, labels, rows, columns, horizon, light)
-    _meadow(rng, picture, labels, rows, columns, horizon, light)
+        _mountains(rng, picture, codes, rows, columns, horizon, light)
+    _meadow(rng, picture, codes, rows, columns, horizon, light)
     if rng.random() < 0.7:
-        _lake(rng, picture, labels, rows, columns, horizon, light)
-    canvas = Canvas(picture, labels, light)
+        _lake(rng, picture, codes, rows, columns, horizon, light)
+    canvas = Canvas(picture, codes, light)
     _things(rng, canvas, horizon)
     image = np.asarray(canvas.image.reduce(FINE)) + rng.normal(0, 4, (*size, 1))
-    mask = np.asarray(canvas.labels)[FINE // 2 :: FINE, FINE // 2 :: FINE]
-    return image.round().clip(0, 255).astype(np.uint8), mask.astype(np.int64)
+    codes = np.asarray(canvas.codes)[FINE // 2 :: FINE, FINE // 2 :: FINE]
+    return image.round().clip(0, 255).astype(np.uint8), codes.astype(np.int64)
+
+
+def code(label: int, look: int) -> int:
+    """What is painted into the mask for a class in one of its looks."""
+    return label + STRIDE * look
 
 
 class Canvas:
-    """An image and its mask that receive the same shapes."""
+    """An image and its mask of codes that receive the same shapes."""
 
-    def __init__(self, picture: NDArray[np.floating], labels: NDArray[np.uint8], light: float) -> None:
+    def __init__(self, picture: NDArray[np.floating], codes: NDArray[np.uint8], light: float) -> None:
         self.image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
-        self.labels = Image.fromarray(labels)
+        self.codes = Image.fromarray(codes)
         self.light = light
-        self._pens = (ImageDraw.Draw(self.image), ImageDraw.Draw(self.labels))
+        self._pens = (ImageDraw.Draw(self.image), ImageDraw.Draw(self.codes))
 
-    def polygon(self, points: Points, colour: Colour, label: int) -> None:
+    def polygon(self, points: Points, colour: Colour, what: int) -> None:
         self._pens[0].polygon(points, fill=self._lit(colour))
-        self._pens[1].polygon(points, fill=label)
+        self._pens[1].polygon(points, fill=what)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour, label: int) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour, what: int) -> None:
         box = (x - rx, y - ry, x + rx, y + ry)
         self._pens[0].ellipse(box, fill=self._lit(colour))
-        self._pens[1].ellipse(box, fill=label)
+        self._pens[1].ellipse(box, fill=what)
 
-    def box(self, left: float, top: float, right: float, bottom: float, colour: Colour, label: int) -> None:
-        self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour, label)
+    def box(self, left: float, top: float, right: float, bottom: float, colour: Colour, what: int) -> None:
+        self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour, what)
 
     def _lit(self, colour: Colour) -> Colour:
         red, green, blue = (max(0, min(255, round(c * self.light))) for c in colour)
@@ -128,11 +155,11 @@ class Canvas:
 
 
 def _mountains(
-    rng: np.random.Generator, picture: NDArray[np.floating], labels: NDArray[np.uint8],
+    rng: np.random.Generator, picture: NDArray[np.floating], codes: NDArray[np.uint8],
     rows: NDArray[np.float32], columns: NDArray[np.float32], horizon: float, light: float,
 ) -> None:  # fmt: skip
     look = int(rng.integers(len(MOUNTAINS)))
-    height, width = labels.shape
+    height, width = codes.shape
     across = columns[0] / width
     if look == 0:  # peaks: the upper hull of a few triangles
         ridge = np.zeros(width)
@@ -154,15 +181,15 @@ def _mountains(
     elif look == 2:  # layers of rock
         shaded = shaded * (1 + 0.12 * np.sign(np.sin(rows * 0.55))[..., None])
     picture[inside] = shaded[inside]
-    labels[inside] = MOUNTAIN
+    codes[inside] = code(MOUNTAIN, look)
 
 
 def _meadow(
-    rng: np.random.Generator, picture: NDArray[np.floating], labels: NDArray[np.uint8],
+    rng: np.random.Generator, picture: NDArray[np.floating], codes: NDArray[np.uint8],
     rows: NDArray[np.float32], columns: NDArray[np.float32], horizon: float, light: float,
 ) -> None:  # fmt: skip
     look = int(rng.integers(len(MEADOWS)))
-    height, width = labels.shape
+    height, width = codes.shape
     edge = horizon + 0.02 * height * np.sin(columns[0] / width * rng.uniform(3, 9) + rng.uniform(0, 6))
     inside = rows > edge
     grain = (6.0, 8.0, 2.0, 5.0)[look] * rng.standard_normal((height, width), dtype=np.float32)
@@ -174,24 +201,24 @@ def _meadow(
     near = ((rows - horizon) / height)[..., None]
     colour = _vary(rng, MEADOWS[look]) * light * (0.85 + 0.4 * near) + grain[..., None]
     picture[inside] = colour[inside]
-    labels[inside] = MEADOW
+    codes[inside] = code(MEADOW, look)
 
 
 def _lake(
-    rng: np.random.Generator, picture: NDArray[np.floating], labels: NDArray[np.uint8],
+    rng: np.random.Generator, picture: NDArray[np.floating], codes: NDArray[np.uint8],
     rows: NDArray[np.float32], columns: NDArray[np.float32], horizon: float, light: float,
 ) -> None:  # fmt: skip
     look = int(rng.integers(len(LAKES)))
-    height, width = labels.shape
+    height, width = codes.shape
     middle = (horizon + rng.uniform(0.12, 0.4) * height, rng.uniform(0.1, 0.9) * width)
     radius = (rng.uniform(0.05, 0.13) * height, rng.uniform(0.2, 0.5) * width)
     wobble = 1 + 0.12 * np.sin(columns * (10 / width) + rng.uniform(0, 6))
     far = ((rows - middle[0]) / radius[0]) ** 2 + ((columns - middle[1]) / radius[1]) ** 2
-    inside = (far < wobble) & (labels == MEADOW)
+    inside = (far < wobble) & (codes % STRIDE == MEADOW)
     waves = (10, 5, 14)[look] * np.sin(rows * (0.9, 0.4, 1.3)[look] + 2 * np.sin(columns * 0.05))
     colour = _vary(rng, LAKES[look]) * light + waves[..., None]
     picture[inside] = colour[inside]
-    labels[inside] = LAKE
+    codes[inside] = code(LAKE, look)
 
 
 def _things(rng: np.random.Generator, canvas: Canvas, horizon: float) -> None:
@@ -211,54 +238,57 @@ def _things(rng: np.random.Generator, canvas: Canvas, horizon: float) -> None:
 
 
 def _balloon(canvas: Canvas, x: float, y: float, radius: float, look: int) -> None:
+    what = code(BALLOON, look)
     first, second = BALLOONS[look]
     ropes: Points = [(x - radius * 0.6, y + radius * 0.7), (x + radius * 0.6, y + radius * 0.7)]
     ropes += [(x + radius * 0.15, y + radius * 1.4), (x - radius * 0.15, y + radius * 1.4)]
-    canvas.polygon(ropes, second, BALLOON)
-    canvas.ellipse(x, y, radius, radius, first, BALLOON)
+    canvas.polygon(ropes, second, what)
+    canvas.ellipse(x, y, radius, radius, first, what)
     if look == 0:  # gores
-        canvas.ellipse(x, y, radius * 0.62, radius, second, BALLOON)
-        canvas.ellipse(x, y, radius * 0.24, radius, first, BALLOON)
+        canvas.ellipse(x, y, radius * 0.62, radius, second, what)
+        canvas.ellipse(x, y, radius * 0.24, radius, first, what)
     elif look == 1:  # a belt
-        canvas.box(x - radius * 0.93, y - radius * 0.3, x + radius * 0.93, y + radius * 0.3, second, BALLOON)
+        canvas.box(x - radius * 0.93, y - radius * 0.3, x + radius * 0.93, y + radius * 0.3, second, what)
     else:  # dots
         for dx, dy in ((-0.45, -0.3), (0.4, -0.4), (0.0, 0.2), (-0.5, 0.4), (0.55, 0.3)):
-            canvas.ellipse(x + dx * radius, y + dy * radius, radius * 0.17, radius * 0.17, second, BALLOON)
-    canvas.box(x - radius * 0.2, y + radius * 1.4, x + radius * 0.2, y + radius * 1.7, (110, 75, 45), BALLOON)
+            canvas.ellipse(x + dx * radius, y + dy * radius, radius * 0.17, radius * 0.17, second, what)
+    canvas.box(x - radius * 0.2, y + radius * 1.4, x + radius * 0.2, y + radius * 1.7, (110, 75, 45), what)
 
 
 def _house(rng: np.random.Generator, canvas: Canvas, x: float, y: float, tall: float) -> None:
     look = int(rng.integers(len(HOUSES)))
+    what = code(HOUSE, look)
     wall, roof = (_whole(_vary(rng, colour)) for colour in HOUSES[look])
     wide = tall * (0.5, 0.65, 0.28)[look]
     body = tall * (0.55, 0.5, 0.7)[look]
-    canvas.box(x - wide, y - body, x + wide, y, wall, HOUSE)
+    canvas.box(x - wide, y - body, x + wide, y, wall, what)
     if look == 1:  # a hipped roof
         eaves = [(x - wide * 1.1, y - body), (x + wide * 1.1, y - body)]
-        canvas.polygon([*eaves, (x + wide * 0.6, y - body * 1.55), (x - wide * 0.6, y - body * 1.55)], roof, HOUSE)
+        canvas.polygon([*eaves, (x + wide * 0.6, y - body * 1.55), (x - wide * 0.6, y - body * 1.55)], roof, what)
     else:
-        canvas.polygon([(x - wide * 1.15, y - body), (x + wide * 1.15, y - body), (x, y - tall)], roof, HOUSE)
+        canvas.polygon([(x - wide * 1.15, y - body), (x + wide * 1.15, y - body), (x, y - tall)], roof, what)
     lamp = (255, 225, 130) if canvas.light < 0.7 else (70, 90, 120)
     for dx in (-0.5, 0.5):
         side = wide * 0.2
-        canvas.box(x + dx * wide - side, y - body * 0.7, x + dx * wide + side, y - body * 0.4, lamp, HOUSE)
-    canvas.box(x - wide * 0.14, y - body * 0.45, x + wide * 0.14, y, (75, 50, 35), HOUSE)
+        canvas.box(x + dx * wide - side, y - body * 0.7, x + dx * wide + side, y - body * 0.4, lamp, what)
+    canvas.box(x - wide * 0.14, y - body * 0.45, x + wide * 0.14, y, (75, 50, 35), what)
 
 
 def _tree(rng: np.random.Generator, canvas: Canvas, x: float, y: float, tall: float) -> None:
     look = int(rng.integers(len(TREES)))
+    what = code(TREE, look)
     crown = _whole(_vary(rng, TREES[look]))
     bright = _whole(np.asarray(crown) * 1.2)
-    canvas.box(x - tall * 0.04, y - tall * 0.45, x + tall * 0.04, y, (95, 65, 45), TREE)
+    canvas.box(x - tall * 0.04, y - tall * 0.45, x + tall * 0.04, y, (95, 65, 45), what)
     if look == 0:
         for base, tip, half in ((0.15, 0.6, 0.28), (0.4, 0.8, 0.22), (0.62, 1.0, 0.15)):
             left, right = (x - tall * half, y - tall * base), (x + tall * half, y - tall * base)
-            canvas.polygon([left, right, (x, y - tall * tip)], crown, TREE)
+            canvas.polygon([left, right, (x, y - tall * tip)], crown, what)
         return
-    canvas.ellipse(x, y - tall * 0.65, tall * 0.3, tall * 0.32, crown, TREE)
+    canvas.ellipse(x, y - tall * 0.65, tall * 0.3, tall * 0.32, crown, what)
     for turn in rng.uniform(0, 2 * math.pi, 5):  # leaves, inside the crown
         dx, dy = math.cos(turn) * 0.16, math.sin(turn) * 0.17
-        canvas.ellipse(x + dx * tall, y + (dy - 0.65) * tall, tall * 0.08, tall * 0.07, bright, TREE)
+        canvas.ellipse(x + dx * tall, y + (dy - 0.65) * tall, tall * 0.08, tall * 0.07, bright, what)
 
 
 def _vary(rng: np.random.Generator, colour: Colour) -> NDArray[np.floating]:

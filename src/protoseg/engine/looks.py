@@ -1,7 +1,8 @@
-"""Which prototype each pixel chose, and the places in pictures that are most typical of a prototype."""
+"""Which prototype each pixel chose, how purely prototypes follow known looks, and the most typical places of each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,63 @@ def similarities(model: Segmenter, image: Tensor) -> Tensor:
 def chosen_prototypes(similarity: Tensor) -> Tensor:
     """(C, K, H, W) cosines -> (H, W) int64, c·K + k of the most similar prototype: its c is the predicted class."""
     return similarity.flatten(0, 1).argmax(0)
+
+
+def own_prototypes(similarity: Tensor, labels: Tensor, align_corners: bool = False) -> Tensor:
+    """The most similar prototype of the class that every pixel really has, whatever the model takes it for.
+
+    Args:
+        similarity: (C, K, h, w) cosines, of `similarities`.
+        labels: (H, W) int64 train ids, at any size; the cosines go there.
+        align_corners: of the resize.
+
+    Returns:
+        (H, W) int64, k of the prototype; -1 where the label is no class.
+    """
+    chosen = torch.full_like(labels, -1)
+    for c in labels.unique().tolist():
+        if 0 <= c < len(similarity):  # a class at a time: the whole table at label size may be large
+            table = F.interpolate(similarity[c][None], labels.shape, mode="bilinear", align_corners=align_corners)
+            chosen = torch.where(labels == c, table[0].argmax(0), chosen)
+    return chosen
+
+
+def count_looks(chosen: Tensor, labels: Tensor, looks: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """How many pixels of each class in each look have each prototype.
+
+    Args:
+        chosen: (H, W) int64, prototype within the class; `labels`: (H, W), class; `looks`: (H, W), number of the look.
+            A pixel where one of them is out of range does not count.
+        size: (C, K, L), L looks.
+
+    Returns:
+        (C, K, L) float64.
+    """
+    C, K, L = size
+    known = torch.ones_like(chosen, dtype=torch.bool)
+    for of, most in ((labels, C), (chosen, K), (looks, L)):
+        known &= (of >= 0) & (of < most)
+    place = (labels[known] * K + chosen[known]) * L + looks[known]
+    return torch.bincount(place, minlength=C * K * L).view(C, K, L).double()
+
+
+def purity(part: Tensor) -> tuple[float, float]:
+    """How well the prototypes of a class tell its looks apart, every look counted alike.
+
+    The share of the class whose prototype's most frequent look is its own.
+
+    Args:
+        part: (K, L), how much of look l has prototype k.
+
+    Returns:
+        Purity, and what prototypes that know nothing of looks have: one over the number of looks that occur. NaN
+        twice where none occurs.
+    """
+    there = part[:, part.sum(0) > 0].double()
+    looks = there.shape[1]
+    if not looks:
+        return math.nan, math.nan
+    return (there / there.sum(0)).amax(1).sum().item() / looks, 1 / looks
 
 
 @dataclass(frozen=True)
