@@ -33,7 +33,7 @@ def test_a_ready_study_parses_and_every_head_in_it_can_be_built(path, tmp_path):
 def test_the_variants_of_a_ready_study_differ():
     for path in STUDIES.glob("*.yaml"):
         plan, recipe = read("--config", str(path))
-        recipes = [recipe(settings) for settings in variants_of(plan).values()]
+        recipes = [recipe({**plan.overrides, **settings}) for settings in variants_of(plan).values()]
         assert all(one != other for i, one in enumerate(recipes) for other in recipes[:i]), path
 
 

@@ -185,6 +185,15 @@ def test_the_one_pass_hands_out_the_errors_of_the_definition(settings, monkeypat
     assert head(update_from="all").losses(features, labels).errors is None
 
 
+def test_micro_batches_of_one_step_move_as_one_batch_however_many_labels_each_has():
+    whole, parts = head(momentum=0.5, num_prototypes=1), head(momentum=0.5, num_prototypes=1)
+    features, labels = batch(size=(20, 28))
+    labels[1, :15] = 255
+    whole.update(whole.losses(features, labels))
+    parts.update([parts.losses(features[i : i + 1], labels[i : i + 1]) for i in range(2)])
+    assert_close(parts.prototypes, whole.prototypes, rtol=0, atol=1e-12)
+
+
 def test_an_absent_class_keeps_its_bits_though_it_attracts_pixels():
     one = head(momentum=0.5)
     features, labels = batch()
