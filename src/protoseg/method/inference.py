@@ -379,7 +379,8 @@ class _Mixed:
     def labels(self, best: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """(N,) true label of every pixel -> (B, H, W) labels of the resized scores."""
         B, _, h, w = self.features.shape
-        if self.factor is not None and size[0] >= h and size[1] >= w:  # all at once what would be asked for
+        folded = self.head.folded is not None
+        if folded and self.factor is not None and size[0] >= h and size[1] >= w:  # all at once what would be asked for
             self._learn_lengths(kernel.border(best.view(B, h, w)), self.factor)
         return kernel.resized_labels(
             self.rows, (B, h, w), size, self.head.align_corners, weigh=None if self.factor is None else self._weigh,
@@ -392,13 +393,12 @@ class _Mixed:
 
     def _weigh(self, index: Tensor) -> Tensor:
         assert self.factor is not None
-        self._learn_lengths(index, self.factor)
+        if self.head.folded is not None:
+            self._learn_lengths(index, self.factor)
         return self.factor[index]
 
     def _learn_lengths(self, index: Tensor, factor: Tensor) -> None:
         """Fill in `factor` at `index`, where it is not known yet: the embedding of these pixels alone is made."""
-        if self.head.folded is None:
-            return
         wanted = torch.zeros_like(factor, dtype=torch.bool)
         wanted[index] = True
         for part in (wanted & factor.isnan()).nonzero()[:, 0].split(kernel.MOST):

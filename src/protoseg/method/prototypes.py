@@ -114,10 +114,11 @@ def error_sums(
         wanted = errors[start : start + step].to(x.dtype)  # n C
         known, given = given >= 0, given.clamp(min=0)  # n 1
         own = given.div(K, rounding_mode="floor")
-        lacking = wanted.gather(1, own) * known
+        mine = wanted.gather(1, own)
+        lacking = mine * known
         nearest = cosine_similarity(x, prototypes).unflatten(1, (C, K)).argmax(2, keepdim=True)  # n C 1
         weights = x.new_zeros(len(x), C, K)
-        weights.scatter_(2, nearest, wanted.scatter(1, own, wanted.gather(1, own) - lacking)[..., None])
+        weights.scatter_(2, nearest, wanted.scatter(1, own, mine - lacking)[..., None])
         weights = weights.flatten(1)
         sums.addmm_(weights.scatter_(1, given, weights.gather(1, given) + lacking).T, x)
     _, counts = _local_sums(embedding[:, :1].contiguous(), prototype, C * K)
