@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.head import K, machine, operations, peak_of, ratio, timed
+from benchmarks.head import K, machine, operations, peak_of, ratio, record, timed
 from oracles.reference_loop import ReferenceHead
 from protoseg import kernels
 from protoseg.kernels import clustering_cpu
@@ -204,9 +203,7 @@ def main() -> None:
         results[name] = measure(name, arguments)
         show(name, results[name])
     where = machine(arguments.device) | {"compiled C": clustering_cpu.available()}
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"machine": where, "results": results}, indent=1))
-    print(json.dumps(where))
+    record(arguments.json, where, results=results)
 
 
 if __name__ == "__main__":

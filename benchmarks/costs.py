@@ -12,7 +12,6 @@ The peak is what a second step adds, in a process of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,23 +20,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
-from benchmarks.head import machine, peak_of, ratio, resident, timed
-from protoseg.cli import varied
+from benchmarks.head import machine, ratio, record, timed
+from benchmarks.step import second_peak
+from protoseg.cli import parse, study_plan
 from protoseg.config import Recipe
 from protoseg.engine.optim import build_optimizer
 from protoseg.models import build
 from protoseg.models.segmenter import count_parameters
+from protoseg.tasks.study_plan import variants_of
 
 
 def recipes(study: Path) -> dict[str, Recipe]:
     """Variant -> its recipe, without weights to load."""
-    plan = yaml.safe_load(study.read_text())
-    made = varied(study.parent / plan["recipe"])
-    same = {**plan.get("overrides", {}), "model.pretrained": False, "model.weights": ""}
-    return {name: made({**same, **changed}) for name, changed in plan["variants"].items()}
+    plan, made = study_plan(parse(["study", study.stem, "--config", str(study)])[1])
+    same = {**plan.overrides, "model.pretrained": False, "model.weights": ""}
+    return {name: made({**same, **changed}) for name, changed in variants_of(plan).items()}
 
 
 def batch(recipe: Recipe, classes: int, device: str) -> tuple[Tensor, Tensor]:
@@ -65,18 +64,6 @@ class Step:
         losses.total.backward()
         self.model.update(losses)
         self.optimizer.step()
-
-
-def peak(step: Step, device: str) -> float:
-    """MB that a second step adds at its peak. On a CPU the allocator keeps some of the first."""
-    step()
-    step.optimizer.zero_grad()
-    if device != "cpu":
-        return peak_of(step, device)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    step()
-    return (resident("VmHWM") - before) / 1024
 
 
 def own_process(name: str, arguments: argparse.Namespace) -> float:
@@ -116,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.peak_of:
         step = Step(recipes(arguments.study)[arguments.peak_of], arguments.classes, arguments.device)
-        print(peak(step, arguments.device))
+        print(second_peak(step, step.optimizer, arguments.device))
         return
     found = measure(arguments)
     columns = next(iter(found.values()))
@@ -124,10 +111,7 @@ def main() -> None:
     for name, row in found.items():
         cells = (f"{value:,.2f}" if column == "over the first" else f"{value:,.0f}" for column, value in row.items())
         print(f"| {name} | {' | '.join(cells)} |")
-    about = machine(arguments.device)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"machine": about, "results": found}, indent=1))
-    print(json.dumps(about))
+    record(arguments.json, machine(arguments.device), results=found)
 
 
 if __name__ == "__main__":

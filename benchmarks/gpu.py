@@ -15,21 +15,19 @@ and kernel.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.head import SHAPES, K, Shape, machine, same_precision, timed
+from benchmarks.head import SHAPES, K, Shape, machine, record, same_precision, timed
 from benchmarks.head import batch as new_batch
 from protoseg.kernels import gpu
 from protoseg.method.head import PrototypeHead
@@ -253,11 +251,7 @@ def main() -> None:
         for way, numbers in moved.items():
             print(f"  {way}: " + ", ".join(f"{k} {v:.2g}" for k, v in numbers.items()), flush=True)
         results[name] = {"ms": ms, "against off": moved}
-    if arguments.json:
-        Path(arguments.json).write_text(
-            json.dumps({"machine": machine(arguments.device), "results": results}, indent=1)
-        )
-    print(json.dumps(machine(arguments.device)))
+    record(arguments.json, machine(arguments.device), results=results)
 
 
 if __name__ == "__main__":

@@ -284,6 +284,13 @@ def peak_of(step: Callable[[], object], device: str) -> float:
     return (resident("VmHWM") - before) / 1024
 
 
+def record(path: str, about: dict[str, object], **found: object) -> None:
+    """Print the machine, and write it with what was found as JSON where a path is given."""
+    if path:
+        Path(path).write_text(json.dumps({"machine": about, **found}, indent=1))
+    print(json.dumps(about))
+
+
 def machine(device: str) -> dict[str, object]:
     cpu = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
@@ -380,11 +387,7 @@ def main() -> None:
     for name in arguments.shape:
         results[name] = measure(name, arguments)
         show(name, results[name])
-    if arguments.json:
-        Path(arguments.json).write_text(
-            json.dumps({"machine": machine(arguments.device), "results": results}, indent=1)
-        )
-    print(json.dumps(machine(arguments.device)))
+    record(arguments.json, machine(arguments.device), results=results)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import head as training
-from benchmarks.head import K, machine, peak_of, ratio, resident, same_precision, timed
+from benchmarks.head import K, machine, peak_of, ratio, record, resident, same_precision, timed
 from oracles.reference_loop import ReferenceHead
 from protoseg import kernels
 from protoseg.config import Evaluation, Head, Model, UserError
@@ -337,10 +337,7 @@ def main() -> None:
             found = measure(name, arguments)
             show(name, found)
             results[name] = found
-    about = machine(arguments.device)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"machine": about, "results": results}, indent=1))
-    print(json.dumps(about))
+    record(arguments.json, machine(arguments.device), results=results)
 
 
 if __name__ == "__main__":

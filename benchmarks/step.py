@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.head import K, clock, machine, peak_of, ratio, resident, timed
+from benchmarks.head import K, clock, machine, peak_of, ratio, record, resident, timed
 from oracles.reference_loop import ReferenceHead
 from protoseg.config import Head, Model
 from protoseg.kernels import similarity, upsampling
@@ -157,12 +157,16 @@ class Step:
 
 
 def peak(name: str, arguments: argparse.Namespace) -> float:
-    """MB that a second step adds at its peak, in this process. On a CPU the allocator keeps some of the first."""
     step = Step(name, arguments)
+    return second_peak(step, step.optimizer, arguments.device)
+
+
+def second_peak(step: Callable[[], None], optimizer: torch.optim.Optimizer, device: str) -> float:
+    """MB that a second step adds at its peak, in this process. On a CPU the allocator keeps some of the first."""
     step()
-    step.optimizer.zero_grad()
-    if arguments.device != "cpu":
-        return peak_of(step, arguments.device)
+    optimizer.zero_grad()
+    if device != "cpu":
+        return peak_of(step, device)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step()
@@ -214,14 +218,9 @@ def main() -> None:
         print(peak(arguments.peak_of, arguments))
         return
     found = measure(arguments)
-    about = machine(arguments.device)
     print(json.dumps(found, indent=1))
-    if arguments.json:
-        settings = {key: getattr(arguments, key) for key in ("batch", "size", "amp", "rounds")}
-        Path(arguments.json).write_text(
-            json.dumps({"machine": about, "settings": settings, "results": found}, indent=1)
-        )
-    print(json.dumps(about))
+    settings = {key: getattr(arguments, key) for key in ("batch", "size", "amp", "rounds")}
+    record(arguments.json, machine(arguments.device), settings=settings, results=found)
 
 
 if __name__ == "__main__":
