@@ -22,11 +22,10 @@ def problem(n, classes, k, present=None, void=0.1, dtype=torch.float64):
     return own.to(DEVICE, dtype).T, labels.to(DEVICE)
 
 
-@pytest.fixture(params=[1, 5])
-def parts(request, monkeypatch):
-    """One part of a segment, and more parts than some segments have pixels."""
-    monkeypatch.setattr(segments, "PART", 1)
-    monkeypatch.setattr(segments, "PARTS", request.param)
+@pytest.fixture(params=[4, 64])
+def tiles(request, monkeypatch):
+    """Tiles that a class needs many of, and tiles that hold many classes."""
+    monkeypatch.setattr(segments, "ROWS", request.param)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +34,7 @@ def parts(request, monkeypatch):
     ids=["a class absent", "K=1", "fewer pixels than prototypes", "nothing"],
 )
 @pytest.mark.parametrize("kappa", [0.05, 0.004])
-def test_the_plan_is_that_of_the_definition(n, classes, k, present, kappa, parts):
+def test_the_plan_is_that_of_the_definition(n, classes, k, present, kappa, tiles):
     own, labels = problem(n, classes, k, present)
     with kernels.plain_only():
         true = clustering.sinkhorn(own, labels, classes, kappa=kappa, **ALONE)
@@ -54,7 +53,7 @@ def test_shares_and_a_prototype_switched_off():
 
 @pytest.mark.parametrize("small_classes", ["nearest", "plan"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_assignments_are_those_of_the_definition(small_classes, dtype, parts):
+def test_assignments_are_those_of_the_definition(small_classes, dtype, tiles):
     own, labels = problem(150, 9, 5, 4, dtype=dtype)
     labels[0] = 8  # a lone pixel
     found = clustering.balanced_assignment(own, labels, 9, small_classes=small_classes)
@@ -65,17 +64,53 @@ def test_assignments_are_those_of_the_definition(small_classes, dtype, parts):
 
 def test_masses_in_fp32_stay_near_float64():
     own, labels = problem(200, 3, 10, void=0.0)
-    grouped = segments.grouped(labels, 3)
-    factors = torch.rand(3, 10, generator=seeded(0), dtype=torch.float64).to(DEVICE) + 0.1
-    for given in (None, factors):
-        true = segments.masses(own, grouped, given, 0.05)
-        found = segments.masses(own.float(), grouped, None if given is None else given.float(), 0.05)
-        assert_close(found.double(), true, rtol=2e-5, atol=0)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        rounds = segments.Rounds(own.to(dtype), segments.grouped(labels, 3), 0.05)
+        for _ in range(3):
+            rounds.again()
+        peak, total = rounds.masses()
+        found.append((peak.exp() * total).double())
+    assert_close(*found, rtol=2e-5, atol=0)
+
+
+def test_sums_over_ranks_are_those_of_all_pixels(tiles):
+    """Two ranks, each with every second pixel; what one sums with the other has been told before."""
+    own, labels = problem(90, 4, 5)
+    direct = segments.balanced_index(own, labels, 4, 0.05, 3, 5, False, None)
+    parts = [slice(0, None, 2), slice(1, None, 2)]
+    told = []
+    for _ in range(3):  # each turn knows one round more
+        said = []
+        for part in parts:
+            step = iter(range(3))
+
+            def total(table, part=part, step=step, said=said):
+                turn = next(step)
+                if turn < len(told):
+                    return told[turn]
+                if turn == len(told):
+                    said.append(table)
+                return table
+
+            segments.balanced_index(own[part], labels[part], 4, 0.05, 3, 5, False, total)
+        told.append(said[0] + said[1])
+    for part in parts:
+        step = iter(told)
+        found = segments.balanced_index(own[part], labels[part], 4, 0.05, 3, 5, False, lambda _, step=step: next(step))
+        assert torch.equal(found[labels[part] >= 0], direct[part][labels[part] >= 0])
+
+
+def test_more_segments_than_16_bits_count():
+    index = torch.tensor([40_000, -1, 3, 40_000, 0], device=DEVICE)
+    sums, counts = segments.segment_sums(torch.eye(5, device=DEVICE), index, 40_001)
+    assert sums[40_000].tolist() == [1, 0, 0, 1, 0]
+    assert counts.nonzero().flatten().tolist() == [0, 3, 40_000]
 
 
 @pytest.mark.parametrize(("n", "d", "count"), [(150, 20, 7), (40, 130, 3), (0, 20, 3), (4, 20, 11)])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_sums_and_numbers_are_those_of_the_definition(n, d, count, layout, parts):
+def test_sums_and_numbers_are_those_of_the_definition(n, d, count, layout, tiles):
     g = seeded(n)
     rows = torch.randn(n, d, generator=g, dtype=torch.float64).to(DEVICE)
     rows = rows if layout == "rows" else rows.T.contiguous().T

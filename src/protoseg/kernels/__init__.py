@@ -9,7 +9,7 @@ asks here whether a faster way applies, and takes the plain lines where it does 
 | transport plan, arg-max | `clustering.transport_plan`, `balanced_index` | small kappa, `torch.func`; `plain_only()` |
 | log of the plan | `clustering.log_plan` | no GPU, no Triton; `torch.compile`, `torch.func`; `plain_only()` |
 | sums of the update | `clustering.segment_sums` | `torch.func`; `plain_only()` |
-| the memory's steps in place | `clustering_cpu` | GPU, no C compiler, mixed types, `torch.func`; `plain_only()` |
+| the memory's steps in place | `memory` | no C compiler, no Triton, mixed types, `torch.func`; `plain_only()` |
 
 The answer depends on nothing that may differ between ranks (not on the number of pixels, say): ranks that sum over
 each other must all go the same way.
@@ -24,10 +24,10 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from protoseg.kernels import clustering, clustering_cpu, gpu
+from protoseg.kernels import clustering, gpu, memory
 from protoseg.kernels.clustering import balanced_index, log_plan, row_products, segment_sums, transport_plan
-from protoseg.kernels.clustering_cpu import momentum_step_, move_, reseed_, usage_step_
 from protoseg.kernels.embedding import normed_rows
+from protoseg.kernels.memory import momentum_step_, move_, reseed_, usage_step_
 from protoseg.kernels.shards import Shard
 from protoseg.kernels.similarity import Batch, Settings, class_cosines, one_pass
 
@@ -113,5 +113,4 @@ def memory_steps_apply(*tensors: Tensor) -> bool:
 
     They hold no sum over ranks, so ranks need not agree on it; but only where they do are they equal to the last bit.
     """
-    laid_out = all(t.is_contiguous() for t in tensors)
-    return laid_out and clustering_cpu.takes(*tensors) and not (_transformed() or _plain.get())
+    return memory.takes(*tensors) and not (_transformed() or _plain.get())

@@ -61,12 +61,18 @@ def balanced_index(
     few: int,
     lone: bool,
     total: Reduction,
+    alone: bool = False,
 ) -> Tensor:
     """(N,) arg-max of each row of `transport_plan`, without the plan.
 
     Args:
         few: a class of fewer pixels takes its nearest prototypes. lone: a class's only pixel takes the first.
+        alone: whether `total` gives back what it gets: a round on a GPU is then one launch.
     """
+    if gpu.way(own.device, own.dtype) is not None:
+        from protoseg.kernels.gpu import segments
+
+        return segments.balanced_index(own, classes, num_classes, kappa, iterations, few, lone, None if alone else total)
     rounds = _rounds(own, classes, num_classes, kappa, iterations, total)
     if rounds.ordered is not None:
         ordered, order, starts = rounds.ordered
@@ -142,16 +148,7 @@ def _rounds(own: Tensor, classes: Tensor, num_classes: int, kappa: float, iterat
     kernel = (own * (1 / kappa)).exp_()
     K = own.shape[1]
     ordered = None
-    if gpu.way(own.device, own.dtype) is not None:
-        from protoseg.kernels.gpu import segments as triton
-
-        pixels = triton.grouped(classes, num_classes)
-        table = torch.cat([triton.masses(own, pixels, None, kappa), pixels.counts[:, None].to(own.dtype)], 1)
-
-        def again(sums: Tensor) -> Tensor:
-            return triton.masses(own, pixels, _factors(sums), kappa)
-
-    elif clustering_cpu.takes(kernel):
+    if clustering_cpu.takes(kernel):
         values, order, starts, table = torch.ops.protoseg.first_sums(kernel, classes, num_classes)
         ordered = (values, order, starts)
 

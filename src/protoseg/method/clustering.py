@@ -120,7 +120,8 @@ def balanced_assignment(
     """Eq. (3), (4): `sinkhorn`, then `hard_assignment`. (N,) in [0, K)."""
     if kernels.transport_plan_applies(own.dtype, kappa):
         few, lone = (own.shape[1], False) if small_classes == "nearest" else (0, True)
-        return kernels.balanced_index(own, classes, num_classes, kappa, iterations, few, lone, total)
+        by_itself = total is alone or (total is ranks.total and ranks.world_size() == 1)
+        return kernels.balanced_index(own, classes, num_classes, kappa, iterations, few, lone, total, by_itself)
     plan = sinkhorn(own, classes, num_classes, kappa=kappa, iterations=iterations, total=total, largest=largest)
     return hard_assignment(plan, own, classes, num_classes, small_classes=small_classes, total=total)
 
