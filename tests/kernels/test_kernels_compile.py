@@ -21,6 +21,7 @@ POINTERS = {
     torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
     torch.int16: "*i16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 

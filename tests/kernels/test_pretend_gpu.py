@@ -18,10 +18,15 @@ from protoseg.method.head import PrototypeHead
 from protoseg.method.losses import Losses
 
 pytest.importorskip("triton")
-from protoseg.kernels.gpu import rows, segments, similarity
+from protoseg.kernels.gpu import cross_entropy, rows, segments, similarity
 
 CUDA = torch.device("cuda", 0)
-KERNELS = {rows: ("_unit", "_finish"), segments: ("_round", "_row_sums"), similarity: ("_nearest", "_weights")}
+KERNELS = {
+    rows: ("_unit", "_finish"),
+    segments: ("_round", "_row_sums"),
+    similarity: ("_nearest", "_weights"),
+    cross_entropy: ("_same_size", "_label_log_sums", "_label_gradient"),
+}
 VARIANTS = {
     "default": {},
     "reference": {"preset": "reference"},
@@ -74,7 +79,9 @@ def launches(monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, Launcher(name))
     monkeypatch.setattr(gpu, "at_hand", lambda device: True)
-    return found
+    cross_entropy._resize.cache_clear()
+    yield found
+    cross_entropy._resize.cache_clear()  # no tensor that pretends is left for those that do not
 
 
 @contextmanager
