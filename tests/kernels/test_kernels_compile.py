@@ -125,7 +125,13 @@ def spilled(kernel, folder):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(
     ("classes", "side", "label_side", "dtype"),
-    [(150, 128, 512, torch.float32), (19, 128, 512, torch.float32), (3, 13, 37, torch.float64)],
+    [
+        (150, 128, 512, torch.float32),
+        (19, 128, 512, torch.float32),
+        (3, 13, 37, torch.float64),
+        (1, 1, 4, torch.float64),  # a number that is 1 is compiled in
+        (2, 5, 1, torch.float64),
+    ],
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_cross_entropy_compiles_for_hopper_and_spills_nothing(
