@@ -1,6 +1,8 @@
 """The Triton kernels compiled for a Hopper GPU that need not be here: the interpreter takes what a compiler refuses."""
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from protoseg.kernels.gpu import rows, segments, similarity  # noqa: E402
+from protoseg.kernels.gpu import cross_entropy, rows, segments, similarity  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that one program may have there
@@ -21,6 +23,7 @@ POINTERS = {
     torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
     torch.int16: "*i16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -108,3 +111,43 @@ def test_rows_and_segments_compile_for_hopper(monkeypatch):
     for (kernel,) in found:
         assert kernel.metadata.shared <= SHARED
         assert "atom." not in kernel.asm["ptx"]
+
+
+def spilled(kernel, folder):
+    """Bytes of a thread's registers that went to memory."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    asked = [tools / "cuobjdump", "-res-usage", folder / "kernel.cubin"]
+    usage = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    return int(usage.split("STACK:")[1].split()[0]) + int(usage.split("LOCAL:")[1].split()[0])
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(
+    ("classes", "side", "label_side", "dtype"),
+    [
+        (150, 128, 512, torch.float32),
+        (19, 128, 512, torch.float32),
+        (3, 13, 37, torch.float64),
+        (1, 1, 4, torch.float64),  # a number that is 1 is compiled in
+        (2, 5, 1, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_cross_entropy_compiles_for_hopper_and_spills_nothing(
+    classes, side, label_side, dtype, weighted, monkeypatch, tmp_path
+):
+    found = [compiled(monkeypatch, cross_entropy, n) for n in ("_same_size", "_label_log_sums", "_label_gradient")]
+    scores, share = torch.zeros(classes, side * side, dtype=dtype), torch.zeros((), dtype=dtype)
+    weights = torch.ones(classes, dtype=dtype) if weighted else None
+    labels = torch.zeros(1, label_side, label_side, dtype=torch.int64)
+    cross_entropy.cross_entropy_(scores, labels.flatten()[: side * side], 255, weights, share)
+    cross_entropy.label_cross_entropy(scores, (side, side), labels, False, 255, weights, share)
+    for (kernel,) in found:
+        assert kernel.metadata.shared <= SHARED
+        assert "atom." not in kernel.asm["ptx"]
+        assert spilled(kernel, tmp_path) == 0
+    _, (forward,), (backward,) = found
+    if dtype == torch.float32:  # neither exchanges anything between threads but at a program's ends
+        assert forward.asm["ptx"].count("bar.sync") <= 1
+        assert backward.asm["ptx"].count("bar.sync") <= 3

@@ -11,7 +11,7 @@ from protoseg import kernels
 from protoseg.kernels import gpu, similarity
 from triton_device import DEVICE, INTERPRETED, at_hand
 
-pytest.importorskip("triton")
+cross_entropy = pytest.importorskip("protoseg.kernels.gpu.cross_entropy", reason="no Triton")
 pytestmark = at_hand
 
 VARIANTS = {
@@ -82,6 +82,20 @@ def test_a_step_through_the_kernels_equals_the_plain_lines(way, variant, label_s
     assert gpu.way(torch.device(DEVICE), torch.float64) == way
     head = build(6, 3, **{"num_prototypes": 4, "embed_dim": 20, **VARIANTS[variant]})
     assert_same_step(head, *batch(6, 3, size=(2, 5, 6), label_size=label_size))
+
+
+@pytest.mark.parametrize(
+    ("variant", "images"),
+    [("default", 1), ("default", 2), ("LayerNorm over classes", 2), ("errors", 1), ("align corners", 2)],
+)
+def test_bands_of_whole_images_equal_the_plain_lines(variant, images, monkeypatch):
+    """Their cross-entropy at label size is the kernels' as well."""
+    calls, run = [], cross_entropy.label_cross_entropy
+    monkeypatch.setattr(similarity, "FEWEST_COLUMNS", images * 3 * 4)
+    monkeypatch.setattr(cross_entropy, "label_cross_entropy", lambda *given: calls.append(given) or run(*given))
+    head = build(6, 3, **{"num_prototypes": 4, "embed_dim": 20, **VARIANTS[variant]})
+    assert_same_step(head, *batch(6, 3, size=(2, 3, 4), label_size=(5, 7)))
+    assert len(calls) == 2 // images
 
 
 @pytest.mark.parametrize("siblings", [True, False])

@@ -141,9 +141,6 @@ def sweep(
     if not resized:  # any run of pixels is a band: one image, a pixel a row
         B, h, w, labels = 1, N, 1, labels.reshape(1, N, 1)
     height, width = labels.shape[1:]
-    if resized:
-        kind = (s.align_corners, batch.embedding.dtype, batch.embedding.device)
-        vertical, across = upsampling.lines(h, height, *kind), upsampling.lines(w, width, *kind)
     budget = CPU_BAND if batch.embedding.device.type == "cpu" else GPU_BAND
     scale = batch.log_scale.exp().to(batch.embedding.dtype)
     ce_share = batch.label_share * ce_weight
@@ -154,13 +151,24 @@ def sweep(
     kernels = _kernels(batch, classes, target)
     transposed = flat.T.contiguous() if kernels is None else flat  # `finish` alone wants it
     columns = budget // ((C if shard is None else shard.widest) * (1 if kernels and not kernels.tabled else K))
-    bands = _bands(B, h, w, max(FEWEST_COLUMNS, columns))
+    columns = max(FEWEST_COLUMNS, columns)
+    bands = _bands(B, h, w, columns)
+    fused = batch.shard is None and gpu.way(batch.embedding.device, batch.embedding.dtype) is not None
+    if fused:
+        from protoseg.kernels.gpu import cross_entropy as fused_cross_entropy
+    whole = fused and h * w <= columns  # every band is of whole images
+    if resized and not (whole or only_own):
+        kind = (s.align_corners, batch.embedding.dtype, batch.embedding.device)
+        vertical, across = upsampling.lines(h, height, *kind), upsampling.lines(w, width, *kind)
     widest = max((len(images) * len(rows) * w for images, rows in bands), default=0)
     tabled = batch.negatives is None and kernels is None
     work = new(C * K * widest if tabled else 0)  # one for all bands: fresh memory costs page faults
 
+    push = valid * (ppc_share / s.temperature)  # N, for `kernels`
+    losses: list[Tensor] = []  # () cross-entropy of each band
+
     swept = Swept(
-        ce=new(()).zero_(),
+        ce=new(()),  # filled in the end
         log_sum=new(N) if kernels is None else kernels.log_sum,
         own=new(K, N) if kernels is None else kernels.own,  # turned in the end
         predicted=batch.classes.new_empty(N) if s.predict else None,
@@ -179,8 +187,7 @@ def sweep(
         if kernels is not None:  # log-sum-exp and own cosines are there already
             best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
             if swept.gradient is not None:
-                push = torch.where(valid[part], ppc_share / s.temperature, 0)
-                kernels.gradient(best_gradient, seen, push, start, end, swept.gradient[part])
+                kernels.gradient(best_gradient, seen, push[part], start, end, swept.gradient[part])
             return
         (cosines,) = seen
         table = cosines.view(C, K, -1)
@@ -197,14 +204,14 @@ def sweep(
         best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
         if swept.gradient is None:
             return
-        push = torch.where(valid[part], ppc_share / (s.temperature * total), 0)
+        share = torch.where(valid[part], ppc_share / (s.temperature * total), 0)
         tied = table.eq_(best[:, None])  # the cosines become 0 and 1
         best_gradient = best_gradient / tied.sum(1).clamp_(min=1)
         if batch.negatives is None:
-            mass.mul_(push).view(C, K, -1).addcmul_(tied, best_gradient[:, None])
+            mass.mul_(share).view(C, K, -1).addcmul_(tied, best_gradient[:, None])
         else:
             mass = tied.mul_(best_gradient[:, None]).view(C * K, -1)
-            contrast.add_drawn(mass, far.mul_(push), near.mul_(push), batch.negatives, classes[part])
+            contrast.add_drawn(mass, far.mul_(share), near.mul_(share), batch.negatives, classes[part])
         gemm.weighted_prototypes(mass, flat, transposed, swept.gradient[part])
 
     # The last row of a band, which still gets gradient from below: what `finish` wants of it, its widened scores, their
@@ -229,12 +236,21 @@ def sweep(
             if kernels is None:
                 swept.own[:, start:end] = _own(cosines.view(C, K, -1), classes[start:end])
             continue
+        asked = (s.ignore_index, batch.class_weights, ce_share)
         if not resized:
-            loss = upsampling.cross_entropy_(
-                scores, labels[0, start:end, 0], s.ignore_index, batch.class_weights, ce_share, shard
-            )
-            swept.ce += loss
+            flat_labels = labels[0, start:end, 0]
+            if fused:
+                losses.append(fused_cross_entropy.cross_entropy_(scores, flat_labels, *asked))
+            else:
+                losses.append(upsampling.cross_entropy_(scores, flat_labels, *asked, shard))
             finish(seen, best, scores, start, end)
+            continue
+        if whole:
+            loss, scores_gradient = fused_cross_entropy.label_cross_entropy(
+                scores, (h, w), labels[images.start : images.stop], s.align_corners, *asked
+            )
+            losses.append(loss)
+            finish(seen, best, scores_gradient, start, end)
             continue
         if rows.start == 0:
             carried, done = None, 0
@@ -247,9 +263,11 @@ def sweep(
             label_gradient = torch.cat([above[3], label_gradient], 1)
             top -= 1
         ready = vertical.ready(rows.stop)
-        swept.ce += upsampling.strip_cross_entropy(
-            widened, label_gradient, vertical, (done, ready), top,
-            labels[images.start : images.stop], s.ignore_index, batch.class_weights, ce_share, budget, shard,
+        losses.append(
+            upsampling.strip_cross_entropy(
+                widened, label_gradient, vertical, (done, ready), top, labels[images.start : images.stop], *asked,
+                budget, shard,
+            )
         )  # fmt: skip
         done = ready
         if rows.stop < h:
@@ -262,7 +280,7 @@ def sweep(
             scores_gradient = scores_gradient[:, w:]
         if end > start:
             finish(seen, best, scores_gradient, start, end)
-    swept.ce *= batch.label_share
+    swept.ce = sum(losses[1:], losses[0]) * batch.label_share if losses else swept.ce.zero_()
     swept.own = swept.own.T
     if swept.errors is not None:  # from minus the gradient of a mean over labels to units of a pixel
         swept.errors = swept.errors.mul_(-(h * w) / (height * width) / batch.label_share).T

@@ -3,6 +3,7 @@
 | file | what |
 |---|---|
 | `similarity` | Eq. (1), (2), (5): best prototype of each class, log-sum-exp over all, and their gradient |
+| `cross_entropy` | Eq. (2) at the labels' size, and its gradient to the class scores |
 | `rows` | unit length and its adjoint |
 | `segments` | rounds of Eq. (4) over all classes at once; the sums of Eq. (8) |
 
