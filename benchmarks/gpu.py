@@ -35,7 +35,7 @@ from protoseg.method.head import PrototypeHead
 if TYPE_CHECKING:
     from protoseg.kernels.gpu.similarity import Blocks
 
-WAYS = ("off", "mm", "ieee", "tf32x3", "tf32", "bf16")
+WAYS = ("off", "mm", "ieee", "tf32", "bf16")
 CLEAR = 1e-4
 
 

@@ -248,8 +248,6 @@ def blocks(way: str, num_classes: int, dim: int, *, backward: bool) -> Blocks:
         if backward:
             return Blocks(64, 16 if whole else min(32, few), wide if whole else 64, min(wide, 256), 8, 2)
         return Blocks(64, min(32, few), wide if whole else 32, 16, 4, 2)
-    if way == "tf32x3":
-        return Blocks(64, min(32, few), min(wide, 64 if backward else 32), min(wide, 128), 8 if backward else 4, 2)
     return Blocks(64, 16 if backward else min(32, few), 16, min(wide, 128), 8, 2)
 
 
@@ -397,7 +395,7 @@ def _constants(cosines: Cosines, b: Blocks, dtype: torch.dtype) -> dict[str, Any
         "BD": b.channels,
         "STORED": cosines.tabled,
         "SIBLINGS": cosines.siblings,
-        "PRECISION": cosines.way if cosines.way in ("tf32", "tf32x3") else "ieee",
+        "PRECISION": "tf32" if cosines.way == "tf32" else "ieee",
         "INTERPRETED": interpreted(),
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "num_warps": b.warps,
