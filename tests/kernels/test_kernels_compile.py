@@ -68,6 +68,7 @@ def compiled(monkeypatch, module, name):
 @pytest.mark.parametrize(("way", "k", "d"), [("mm", 20, 256), ("bf16", 10, 256), ("tf32", 10, 720)])
 def test_the_one_pass_compiles_for_hopper_and_fits_it(way, k, d, monkeypatch):
     found = compiled(monkeypatch, similarity, "_nearest"), compiled(monkeypatch, similarity, "_weights")
+    compiled(monkeypatch, similarity, "_merged")
     n, classes = 512, 19
     x, p = torch.zeros(n, d), torch.zeros(classes, k, d)
     owner = torch.zeros(n, dtype=torch.int64)
@@ -83,8 +84,9 @@ def test_the_one_pass_compiles_for_hopper_and_fits_it(way, k, d, monkeypatch):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_what_the_tests_ask_of_a_gpu_compiles_too(monkeypatch):
     """float64, two words of ties, nothing that divides by 16."""
-    found = compiled(monkeypatch, similarity, "_nearest"), compiled(monkeypatch, similarity, "_weights")
-    x, p = torch.zeros(37, 18, dtype=torch.float64), torch.zeros(3, 33, 18, dtype=torch.float64)
+    names = ("_nearest", "_merged", "_weights")
+    found = [compiled(monkeypatch, similarity, name) for name in names]
+    x, p = torch.zeros(37, 18, dtype=torch.float64), torch.zeros(20, 33, 18, dtype=torch.float64)
     owner = torch.zeros(37, dtype=torch.int64)
     cosines = similarity.Cosines("mm", x, p, owner, owner, 0.1, siblings=False)
     best, seen = cosines.nearest(3, 37)
