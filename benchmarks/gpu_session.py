@@ -144,8 +144,7 @@ def plan(device: str) -> list[Item]:
             (module("clustering", *here, "--compiled", "--shape", "C150"),),
             tell_clustering,
         ),
-        Item("blocks, bf16", 100, (blocks(device, "bf16"),), tell_blocks),
-        Item("blocks, tf32", 100, (blocks(device, "tf32"),), tell_blocks),
+        *(Item(f"blocks, {way}", 60, (blocks(device, way),), tell_blocks) for way in ("mm", "bf16", "tf32")),
         Item(
             "inference, other shapes",
             75,
@@ -160,7 +159,7 @@ def loading(device: str, *arguments: str | int) -> tuple[str, ...]:
 
 
 def blocks(device: str, way: str) -> tuple[str, ...]:
-    return module("gpu", "--device", device, "--blocks", "--seconds", 40, "--shape", "C150", "--way", way)
+    return module("gpu", "--device", device, "--blocks", "--seconds", 22, "--shape", "C150", "--way", way)
 
 
 def camvid(data: str, device: str, folder: Path) -> Item:

@@ -21,7 +21,11 @@ pytest.importorskip("triton")
 from protoseg.kernels.gpu import rows, segments, similarity
 
 CUDA = torch.device("cuda", 0)
-KERNELS = {rows: ("_unit", "_finish"), segments: ("_round", "_row_sums"), similarity: ("_nearest", "_merged", "_weights")}
+KERNELS = {
+    rows: ("_unit", "_finish"),
+    segments: ("_round", "_row_sums"),
+    similarity: ("_nearest", "_merged", "_weights"),
+}
 VARIANTS = {
     "default": {},
     "reference": {"preset": "reference"},

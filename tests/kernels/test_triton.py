@@ -69,7 +69,9 @@ def test_a_kernel_that_cannot_be_launched_leaves_the_plain_lines(unasked):
     assert gpu.way(CUDA, torch.float32) is None
 
 
-@pytest.mark.parametrize(("asked", "given"), [("off", None), ("bf16", "bf16"), ("tf32", "tf32"), ("mm", "mm"), ("auto", "mm")])
+@pytest.mark.parametrize(
+    ("asked", "given"), [("off", None), ("bf16", "bf16"), ("tf32", "tf32"), ("mm", "mm"), ("auto", "mm")]
+)
 def test_the_variable_names_a_way_or_none(asked, given, monkeypatch):
     monkeypatch.setattr(gpu, "at_hand", lambda device: True)
     monkeypatch.setenv(gpu.VARIABLE, asked)

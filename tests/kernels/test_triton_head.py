@@ -12,7 +12,7 @@ from protoseg.kernels import gpu, similarity
 from triton_device import DEVICE, INTERPRETED, at_hand
 
 pytest.importorskip("triton")
-from protoseg.kernels.gpu import similarity as gpu_similarity  # noqa: E402
+from protoseg.kernels.gpu import similarity as gpu_similarity
 
 pytestmark = at_hand
 

@@ -15,11 +15,11 @@
 | `bf16` | the kernel's, of numbers rounded to bf16, summed in fp32 | never stored, made again for the gradient |
 
 Features that came in half precision take `bf16`: they have hardly more digits than that. All others take `mm`, whose
-products are TF32 where `torch.backends.cuda.matmul` allows it; the kernels' own are farther off, as `tl.dot` cuts digits
-off instead of rounding (on an H100 bf16 was both nearer and faster), so `tf32` is never taken unasked. The environment
-variable PROTOSEG_TRITON names a way outright or is `off`. Collectives are the same on every way, so ranks that differ in
-it still meet. A way `tf32x3` (three TF32 products, near fp32) is gone: under Triton 3.6.0 its results on an H100 were
-wrong, at more than twice the time of `mm`."""
+products are TF32 where `torch.backends.cuda.matmul` allows it. `tf32` is never taken unasked: `tl.dot` cuts digits off
+instead of rounding, and on an H100 bf16 was both nearer and faster. The environment variable PROTOSEG_TRITON names a
+way outright or is `off`. Collectives are the same on every way, so ranks that differ in it still meet. A way `tf32x3`
+(three TF32 products, near fp32) is gone: under Triton 3.6.0 its results on an H100 were wrong, at more than twice the
+time of `mm`."""
 
 from __future__ import annotations
 

@@ -349,7 +349,7 @@ class Cosines:
         ties = self.classes.new_empty(C * (words + (words > 1)) if losses else 0, n, dtype=torch.int16)
         table = self.flat @ self.rows[start:end].T if self.tabled else best
         if n:
-            _run_nearest(self, start, end, table, best, ties, own=True, losses=losses)
+            run_nearest(self, start, end, table, best, ties, own=True, losses=losses)
         return best, [ties, table] if self.tabled else [ties]
 
     def gradient(self, slope: Tensor, seen: list[Tensor], share: Tensor, start: int, end: int, out: Tensor) -> None:
@@ -360,26 +360,11 @@ class Cosines:
             share: (n,) what the log-sum-exp's gradient is multiplied by, over tau; 0 for pixels outside the mean.
             out: (n, D), filled.
         """
-        n, C = end - start, self.num_classes
-        if not n:
+        if end == start:
             return
-        stored = self.tabled
-        b = blocks(self.way, C, self.dim, backward=True)
-        programs = triton.cdiv(n, b.rows) * (1 if stored else triton.cdiv(self.dim, b.out))
-        span, splits = _spans(C, b, programs)
-        table = seen[1] if stored else slope
-        target = out if stored or splits == 1 else out.new_empty(splits, n, self.dim)
-        grid = (triton.cdiv(n, b.rows), splits, 1 if stored else triton.cdiv(self.dim, b.out))
-        with launching_on(out):
-            _weights[grid](
-                self.rows[start:], self.flat, table, table.stride(0), slope, slope.stride(0),
-                seen[0], seen[0].stride(0), self.log_sum[start:], share, self.classes[start:], self.target[start:],
-                target, n, C, span, BO=b.out, **_constants(self, b, slope.dtype),
-            )  # fmt: skip
-        if stored:
-            torch.mm(table.T, self.flat, out=out)
-        elif splits > 1:
-            torch.sum(target, 0, out=out)
+        run_weights(self, slope, seen, share, start, end, out)
+        if self.tabled:
+            torch.mm(seen[1].T, self.flat, out=out)
 
 
 def best_of_each_class(way: str, embedding: Tensor, prototypes: Tensor) -> Tensor:
@@ -393,7 +378,7 @@ def best_of_each_class(way: str, embedding: Tensor, prototypes: Tensor) -> Tenso
     best = embedding.new_empty(cosines.num_classes, len(embedding))
     table = cosines.flat @ cosines.rows.T if cosines.tabled else best
     if len(embedding):
-        _run_nearest(cosines, 0, len(embedding), table, best, best, own=False, losses=False)
+        run_nearest(cosines, 0, len(embedding), table, best, best, own=False, losses=False)
     return best
 
 
@@ -401,9 +386,10 @@ LOG2E = 1.4426950408889634
 MERGED = 256  # pixels of a program that merges log-sum-exps
 
 
-def _run_nearest(
+def run_nearest(
     cosines: Cosines, start: int, end: int, table: Tensor, best: Tensor, ties: Tensor, *, own: bool, losses: bool
 ) -> None:
+    """`Cosines.nearest` but for the product that makes the table."""
     n, C = end - start, cosines.num_classes
     b = blocks(cosines.way, C, cosines.dim, backward=False)
     span, splits = _spans(C, b, triton.cdiv(n, b.rows))
@@ -417,6 +403,27 @@ def _run_nearest(
         if losses and splits > 1:
             kind = _accumulator(best.dtype)
             _merged[(triton.cdiv(n, MERGED),)](partial, cosines.log_sum[start:end], n, splits, R=MERGED, ACC=kind)
+
+
+def run_weights(
+    cosines: Cosines, slope: Tensor, seen: list[Tensor], share: Tensor, start: int, end: int, out: Tensor
+) -> None:
+    """`Cosines.gradient` but for the product with the table."""
+    n, C, D = end - start, cosines.num_classes, cosines.dim
+    stored = cosines.tabled
+    b = blocks(cosines.way, C, D, backward=True)
+    strips, parts = triton.cdiv(n, b.rows), 1 if stored else triton.cdiv(D, b.out)
+    span, splits = _spans(C, b, strips * parts)
+    table = seen[1] if stored else slope
+    target = out if stored or splits == 1 else out.new_empty(splits, n, D)
+    with launching_on(out):
+        _weights[strips, splits, parts](
+            cosines.rows[start:], cosines.flat, table, table.stride(0), slope, slope.stride(0),
+            seen[0], seen[0].stride(0), cosines.log_sum[start:], share, cosines.classes[start:],
+            cosines.target[start:], target, n, C, span, BO=b.out, **_constants(cosines, b, slope.dtype),
+        )  # fmt: skip
+    if not stored and splits > 1:
+        torch.sum(target, 0, out=out)
 
 
 def _spans(num_classes: int, b: Blocks, programs: int) -> tuple[int, int]:
