@@ -88,9 +88,10 @@ def pretending():
     assert seen.elsewhere == set()
 
 
-def head_there(*args, **named):
-    """Made outside, as a start may look at values; to be called inside."""
+def head_there(*args, change=lambda head: None, **named):
+    """Made outside, as a start may look at values, and changed there; to be called inside."""
     head = PrototypeHead(*args, **named)
+    change(head)
 
     def moved():
         for module in head.modules():
@@ -104,8 +105,8 @@ def head_there(*args, **named):
     return moved
 
 
-def step(head, side=32, up=4):
-    features = torch.empty(2, 16, side, side, device=CUDA, requires_grad=True)
+def step(head, side=32, up=4, dtype=torch.float32):
+    features = torch.empty(2, 16, side, side, dtype=dtype, device=CUDA, requires_grad=True)
     labels = torch.empty(2, side * up, side * up, dtype=torch.int64, device=CUDA)
     losses = head.losses(features, labels)  # makes the gradients as well
     head.update(losses)
@@ -123,6 +124,34 @@ def test_a_step_stays_on_its_device_and_reads_nothing_back(way, variant, launche
         with pretending():
             assert step(made(), up=up).assignment.device == CUDA
     assert bool(launches) == (way != "off")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "whole", "way"),
+    [
+        (torch.float32, False, "mm"),
+        (torch.bfloat16, False, "bf16"),
+        (torch.float16, False, "bf16"),
+        (torch.bfloat16, True, "bf16"),
+    ],
+)
+def test_features_decide_how_products_are_taken(dtype, whole, way, launches, monkeypatch):
+    """Of a head whose projection alone, or which as a whole, has their type."""
+    monkeypatch.delenv(gpu.VARIABLE, raising=False)
+    found = []
+
+    class Noted(similarity.Cosines):
+        def __init__(self, way, *known):
+            found.append(way)
+            super().__init__(way, *known)
+
+    monkeypatch.setattr(similarity, "Cosines", Noted)
+
+    made = head_there(16, 30, embed_dim=24, change=lambda head: (head if whole else head.projection).to(dtype))
+    with pretending():
+        losses = step(made(), dtype=dtype)
+    assert found == [way, way]  # the losses, then the scores alone
+    assert losses.total.dtype == torch.float32
 
 
 def test_reading_a_value_would_be_seen():
