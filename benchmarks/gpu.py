@@ -8,8 +8,8 @@ gradient to the features, update), its two kernels alone, the relative differenc
 whose two best prototypes of every class are 1e-4 apart, and the share of other assignments. `off` is the plain PyTorch
 bands. The floor is two bare products in the same precision. `--blocks` looks for the fastest sizes of blocks, from
 those in use one size at a time, as each costs seconds of compiling: what `blocks` in
-`protoseg/kernels/gpu/similarity.py` should hold for that shape and GPU. It stops after `--seconds` for each shape, way
-and kernel.
+`protoseg/kernels/gpu/similarity.py` should hold for that shape and GPU. It times the kernels alone, of `mm` without
+PyTorch's products, and stops after `--seconds` for each shape, way and kernel.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from protoseg.method.head import PrototypeHead
 if TYPE_CHECKING:
     from protoseg.kernels.gpu.similarity import Blocks
 
-WAYS = ("off", "mm", "ieee", "tf32x3", "tf32", "bf16")
+WAYS = ("off", "mm", "ieee", "tf32", "bf16")
 CLEAR = 1e-4
+QUEUED = 4  # launches that are timed together in `--blocks`, so that the kernels hide what launching takes
 
 
 @lru_cache(maxsize=1)
@@ -140,6 +141,43 @@ def parts(shape: Shape, side: int, device: str, way: str) -> dict[str, Callable[
     }
 
 
+def bare(shape: Shape, side: int, device: str, way: str) -> dict[str, Callable[[], object]]:
+    """nearest, gradient -> the kernel of a band alone, on random rows whose labels come in runs as in images."""
+    from protoseg.kernels.gpu import similarity
+
+    n = shape.images * side**2
+    n = min(n, 64_000_000 // (shape.classes * (K if way == "mm" else 1)) // 128 * 128)
+    rows = torch.nn.functional.normalize(torch.randn(n, shape.dim, device=device))
+    centres = torch.nn.functional.normalize(torch.randn(shape.classes, K, shape.dim, device=device), dim=2)
+    classes = torch.randint(shape.classes, (-(-n // 32),), device=device).repeat_interleave(32)[:n]
+    cosines = similarity.Cosines(way, rows, centres, classes, None, 0.1, True)
+    cosines.fill(None, 0, n)
+    best, seen = cosines.nearest(0, n)
+    table = seen[1] if cosines.tabled else best
+    # Small, as the gradient leaves weights in the table and is timed on these again: they must not grow.
+    slope, share = 1e-3 * torch.randn_like(best), 1e-3 * torch.rand(n, device=device)
+    out = torch.empty_like(rows)
+    return {
+        "nearest": lambda: similarity.run_nearest(cosines, 0, n, table, best, seen[0], own=True, losses=True),
+        "gradient": lambda: similarity.run_weights(cosines, slope, seen, share, 0, n, out),
+    }
+
+
+def sizes_to_try(shape: Shape, way: str, *, backward: bool) -> dict[str, tuple[int, ...]]:
+    """Field of `Blocks` -> what it may be, those that matter most first."""
+    few = max(16, 1 << (shape.classes - 1).bit_length())
+    classes = tuple(c for c in (16, 32, 64, 128) if c <= few)
+    programs = (264, 792, 1584, 3168)
+    if way == "mm":  # no product, hence no channels, and nothing that Triton would fetch ahead in stages
+        choices: dict[str, tuple[int, ...]] = {"warps": (2, 4, 8), "rows": (32, 64, 128, 256), "classes": classes[:3]}
+        return choices | {"programs": programs}
+    wide = min(256, max(16, 1 << (shape.dim - 1).bit_length()))
+    choices = {"classes": classes, "warps": (4, 8), "rows": (64, 128)}
+    if backward:
+        choices["out"] = tuple(sorted({wide, 128}))
+    return choices | {"stages": (1, 2, 3), "channels": tuple(sorted({wide, 64, 32})), "programs": programs}
+
+
 def search(
     start: Blocks, choices: dict[str, tuple[int, ...]], measure: Callable[[Blocks], float | None], until: float
 ) -> list[tuple[float, Blocks]]:
@@ -181,33 +219,20 @@ def best_blocks(
     from protoseg.kernels.gpu import similarity
 
     usual = similarity.blocks
-    wide = min(256, max(16, 1 << (shape.dim - 1).bit_length()))
-    few = max(16, 1 << (shape.classes - 1).bit_length())
     found: dict[str, list[dict[str, float]]] = {}
-    for place, (name, backward) in enumerate({"nearest": False, "gradient": True}.items()):
-        choices: dict[str, tuple[int, ...]] = {
-            "rows": (64, 128),
-            "warps": (4, 8),
-            "classes": tuple(c for c in (16, 32, 64, 128) if c <= few),
-            "stages": (1, 2, 3),
-            "channels": tuple(sorted({wide, 64, 32})),
-        }
-        if backward:
-            choices["out"] = tuple(sorted({wide, 128}))
+    for (name, step), backward in zip(bare(shape, side, device, way).items(), (False, True), strict=True):
 
-        def measure(tried: Blocks, place: int = place, wanted: bool = backward) -> float | None:
-            def chosen(way: str, classes: int, dim: int, **asked: bool) -> Blocks:
-                return tried if asked["backward"] == wanted else usual(way, classes, dim, **asked)
-
-            with mock.patch.object(similarity, "blocks", chosen):
+        def measure(tried: Blocks, step: Callable[[], object] = step) -> float | None:
+            with mock.patch.object(similarity, "blocks", return_value=tried):
                 try:
-                    step = list(parts(shape, side, device, way).values())[place]
-                    return statistics.median(timed({"": step}, rounds, device)[""])
+                    queued = {"": lambda: [step() for _ in range(QUEUED)]}
+                    return statistics.median(timed(queued, rounds, device)[""]) / QUEUED
                 except Exception as reason:  # whatever a compiler or driver may raise at a size too large
                     print(f"  {tried}: {type(reason).__name__}", flush=True)
                     return None
 
         start = usual(way, shape.classes, shape.dim, backward=backward)
+        choices = sizes_to_try(shape, way, backward=backward)
         fastest = search(start, choices, measure, time.monotonic() + seconds)
         now = next((s for s, b in fastest if b == start), float("nan"))
         print(f"  {name}: in use {start} {1e3 * now:.3f} ms; of {len(fastest)} tried")
@@ -236,7 +261,7 @@ def main() -> None:
         print(f"{name}: N={shape.images * arguments.side**2} C={shape.classes} D={shape.dim}", flush=True)
         if arguments.blocks:
             for way in arguments.way:
-                if way not in ("off", "mm"):
+                if way != "off":
                     print(f" {way}")
                     found = best_blocks(shape, *where, way, arguments.rounds, arguments.seconds)
                     results.setdefault(name, {})[way] = found

@@ -88,7 +88,7 @@ def plan(device: str) -> list[Item]:
         ]
     here, full = ("--device", device), ("--full", "--device", device, "--rounds", 10)
     curves = (*here, "--dim", 256, "--pixels", 32_768, "--rounds", 10, "--axis")
-    ways = ("tf32x3", "tf32 and not tf32x3", "ieee", "bf16", "mm", "not (tf32 or ieee or bf16 or mm)")
+    ways = ("tf32", "ieee", "bf16", "mm", "not (tf32 or ieee or bf16 or mm)")
     train = (device, "--way", "resident", "--workers", 4, "--precision", "bf16-mixed", "--steps")
     return [
         probe,
@@ -109,7 +109,7 @@ def plan(device: str) -> list[Item]:
         Item(
             "ways",
             75,
-            (module("gpu", *here, "--shape", "C150", "--way", "off", "mm", "tf32x3", "tf32", "bf16"),),
+            (module("gpu", *here, "--shape", "C150", "--way", "off", "mm", "tf32", "bf16"),),
             tell_ways,
         ),
         Item("clustering", 45, (module("clustering", *here, "--shape", "C19", "C150", "C847"),), tell_clustering),
@@ -144,9 +144,7 @@ def plan(device: str) -> list[Item]:
             (module("clustering", *here, "--compiled", "--shape", "C150"),),
             tell_clustering,
         ),
-        Item("blocks, bf16", 100, (blocks(device, "bf16"),), tell_blocks),
-        Item("blocks, tf32", 100, (blocks(device, "tf32"),), tell_blocks),
-        Item("blocks, tf32x3", 100, (blocks(device, "tf32x3"),), tell_blocks),
+        *(Item(f"blocks, {way}", 60, (blocks(device, way),), tell_blocks) for way in ("mm", "bf16", "tf32")),
         Item(
             "inference, other shapes",
             75,
@@ -161,7 +159,7 @@ def loading(device: str, *arguments: str | int) -> tuple[str, ...]:
 
 
 def blocks(device: str, way: str) -> tuple[str, ...]:
-    return module("gpu", "--device", device, "--blocks", "--seconds", 40, "--shape", "C150", "--way", way)
+    return module("gpu", "--device", device, "--blocks", "--seconds", 22, "--shape", "C150", "--way", way)
 
 
 def camvid(data: str, device: str, folder: Path) -> Item:

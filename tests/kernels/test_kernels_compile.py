@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from protoseg.kernels.gpu import cross_entropy, rows, segments, similarity  # noqa: E402
+from protoseg.kernels.gpu import cross_entropy, memory, rows, segments, similarity  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that one program may have there
@@ -71,6 +71,7 @@ def compiled(monkeypatch, module, name):
 @pytest.mark.parametrize(("way", "k", "d"), [("mm", 20, 256), ("bf16", 10, 256), ("tf32", 10, 720)])
 def test_the_one_pass_compiles_for_hopper_and_fits_it(way, k, d, monkeypatch):
     found = compiled(monkeypatch, similarity, "_nearest"), compiled(monkeypatch, similarity, "_weights")
+    compiled(monkeypatch, similarity, "_merged")
     n, classes = 512, 19
     x, p = torch.zeros(n, d), torch.zeros(classes, k, d)
     owner = torch.zeros(n, dtype=torch.int64)
@@ -86,8 +87,9 @@ def test_the_one_pass_compiles_for_hopper_and_fits_it(way, k, d, monkeypatch):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_what_the_tests_ask_of_a_gpu_compiles_too(monkeypatch):
     """float64, two words of ties, nothing that divides by 16."""
-    found = compiled(monkeypatch, similarity, "_nearest"), compiled(monkeypatch, similarity, "_weights")
-    x, p = torch.zeros(37, 18, dtype=torch.float64), torch.zeros(3, 33, 18, dtype=torch.float64)
+    names = ("_nearest", "_merged", "_weights")
+    found = [compiled(monkeypatch, similarity, name) for name in names]
+    x, p = torch.zeros(37, 18, dtype=torch.float64), torch.zeros(20, 33, 18, dtype=torch.float64)
     owner = torch.zeros(37, dtype=torch.int64)
     cosines = similarity.Cosines("mm", x, p, owner, owner, 0.1, siblings=False)
     best, seen = cosines.nearest(3, 37)
@@ -98,19 +100,49 @@ def test_what_the_tests_ask_of_a_gpu_compiles_too(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_rows_and_segments_compile_for_hopper(monkeypatch):
-    found = [
-        compiled(monkeypatch, module, name)
-        for module, name in [(rows, "_unit"), (rows, "_finish"), (segments, "_round"), (segments, "_row_sums")]
-    ]
+def test_rows_compile_for_hopper(monkeypatch):
+    found = [compiled(monkeypatch, rows, name) for name in ("_unit", "_finish")]
     x, none, target = torch.zeros(64, 720), torch.zeros(()), torch.zeros(64, dtype=torch.int64)
     rows.unit(x, x, x.bfloat16())
     rows.finish(x, x, x, x, target, x[:, 0].contiguous(), none, none)
-    segments.masses(torch.zeros(64, 10), segments.grouped(target, 19), torch.ones(19, 10), 0.05)
-    segments.segment_sums(x, target, 190)
     for (kernel,) in found:
         assert kernel.metadata.shared <= SHARED
         assert "atom." not in kernel.asm["ptx"]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(("k", "d", "dtype"), [(10, 256, torch.float32), (20, 720, torch.float32), (1, 6, torch.float64)])
+def test_segments_compile_for_hopper(k, d, dtype, monkeypatch):
+    names = ("_round", "_choose", "_class_masses", "_row_sums", "_segment_sums")
+    found = [compiled(monkeypatch, segments, name) for name in names]
+    own, target = torch.zeros(k, 64, dtype=dtype).T, torch.zeros(64, dtype=torch.int64)
+    for total in (None, lambda table: table):  # the first takes factors from runs, the second from a table
+        segments.balanced_index(own, target, 19, 0.05, 2, k, total is None, total)
+    segments.segment_sums(torch.zeros(64, d, dtype=dtype), target, 190)
+    assert [len(kernels) for kernels in found] == [4, 2, 2, 1, 1]
+    for kernel in (kernel for kernels in found for kernel in kernels):
+        assert kernel.metadata.shared <= SHARED
+        assert "atom." not in kernel.asm["ptx"]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("rule", memory.RULES)
+@pytest.mark.parametrize(("k", "d", "dtype"), [(10, 256, torch.float32), (20, 720, torch.float32), (1, 6, torch.float64)])
+def test_the_steps_of_the_memory_compile_for_hopper(k, d, dtype, rule, monkeypatch):
+    names = ("_momentum", "_usage", "_worst_served", "_reseed")
+    found = [compiled(monkeypatch, memory, name) for name in names]
+    monkeypatch.setattr(segments, "row_sums", lambda rows, grouped: segments.RowSums(rows, grouped))
+    held = [torch.zeros(19, k, d, dtype=dtype)] + [torch.zeros(19, k, dtype=dtype) for _ in range(4)]
+    x, moving, verdict = torch.zeros(64, d, dtype=dtype), torch.zeros(64, dtype=torch.int64), torch.zeros((), dtype=dtype)
+    counts = memory.move_(*held[:3], x, moving, verdict, 0.999, rule, 1000.0)
+    memory.momentum_step_(*held[:3], held[0].flatten(0, 1), counts, verdict, 0.999, rule, 1000.0)
+    memory.usage_step_(*held[3:], counts.view(19, k), verdict, 0.99, 0.1 / k)
+    memory.reseed_(*held, x, moving, verdict, 100)
+    assert [len(kernels) for kernels in found] == [2, 1, 1, 1]
+    for kernel in (kernel for kernels in found for kernel in kernels):
+        assert kernel.metadata.shared <= SHARED
+        assert ".f32.atom" not in kernel.asm["ptx"]  # a minimum of whole numbers alone does not mind who comes first
+
 
 
 def spilled(kernel, folder):

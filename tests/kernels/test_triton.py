@@ -69,21 +69,25 @@ def test_a_kernel_that_cannot_be_launched_leaves_the_plain_lines(unasked):
     assert gpu.way(CUDA, torch.float32) is None
 
 
-@pytest.mark.parametrize(("asked", "given"), [("off", None), ("bf16", "bf16"), ("tf32x3", "tf32x3"), ("auto", "mm")])
+@pytest.mark.parametrize(
+    ("asked", "given"), [("off", None), ("bf16", "bf16"), ("tf32", "tf32"), ("mm", "mm"), ("auto", "mm")]
+)
 def test_the_variable_names_a_way_or_none(asked, given, monkeypatch):
     monkeypatch.setattr(gpu, "at_hand", lambda device: True)
     monkeypatch.setenv(gpu.VARIABLE, asked)
     assert gpu.way(CUDA, torch.float32) == given
+    assert gpu.way(CUDA, torch.float32, half=True) == ("bf16" if asked == "auto" else given)
     assert gpu.way(CUDA, torch.float64) == (None if asked == "off" else "mm")
 
 
-def test_tf32_is_taken_where_pytorch_may_take_it(unasked, monkeypatch):
+@pytest.mark.parametrize("allowed", ["ieee", "tf32"])
+def test_products_of_full_precision_are_left_to_pytorch_in_tf32_as_well(allowed, unasked, monkeypatch):
     monkeypatch.setattr(gpu, "at_hand", lambda device: True)
-    assert gpu.way(CUDA, torch.float32) == "mm"
     before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = allowed
     try:
-        assert gpu.way(CUDA, torch.float32) == "tf32"
+        assert gpu.way(CUDA, torch.float32) == "mm"
+        assert gpu.way(CUDA, torch.float32, half=True) == "bf16"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

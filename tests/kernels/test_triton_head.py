@@ -12,6 +12,7 @@ from protoseg.kernels import gpu, similarity
 from triton_device import DEVICE, INTERPRETED, at_hand
 
 cross_entropy = pytest.importorskip("protoseg.kernels.gpu.cross_entropy", reason="no Triton")
+gpu_similarity = pytest.importorskip("protoseg.kernels.gpu.similarity", reason="no Triton")
 pytestmark = at_hand
 
 VARIANTS = {
@@ -137,6 +138,45 @@ def test_scores_without_gradient_are_the_scores():
             assert_close(fast, head(features), rtol=0, atol=1e-12)
 
 
+@pytest.fixture
+def ways(monkeypatch):
+    """The ways that were taken, in order."""
+    found, usual = [], gpu_similarity.Cosines
+
+    def noted(way, *known):
+        found.append(way)
+        return usual(way, *known)
+
+    monkeypatch.setattr(gpu_similarity, "Cosines", noted)
+    return found
+
+
+@pytest.mark.parametrize("asked", ["auto", "tf32"])
+@pytest.mark.parametrize("projection", ["linear", "none"])
+@pytest.mark.parametrize("given", ["autocast", torch.bfloat16, torch.float16, torch.float32])
+def test_features_of_half_precision_take_half_precision_products_unless_a_way_is_named(
+    given, projection, asked, ways, monkeypatch
+):
+    monkeypatch.setenv(gpu.VARIABLE, asked)
+    head = build(24, 3, num_prototypes=4, projection=projection, embed_dim=24).float().to(DEVICE)
+    features, labels = batch(24, 3, size=(1, 4, 4), dtype=torch.float32)
+    if given != "autocast":
+        head.projection.to(given)
+        features = features.to(given)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=given == "autocast"):
+        losses, gradients, _ = step(head, features, labels)
+        with torch.no_grad():
+            scores = head(features.to(DEVICE))
+    half = given in (torch.bfloat16, torch.float16) or (given == "autocast" and projection == "linear")
+    assert set(ways) == {"bf16" if half and asked == "auto" else "mm" if asked == "auto" else asked}
+    assert len(ways) >= 2  # the losses, and the scores alone
+    assert losses.total.dtype == scores.dtype == losses.embedding.dtype == torch.float32
+    with kernels.plain_only(), torch.autocast(DEVICE, torch.bfloat16, enabled=given == "autocast"):
+        true, true_gradients, _ = step(head, features, labels)
+    assert_close(losses.total, true.total, rtol=2e-2, atol=0)
+    assert gradients["features"].dtype == true_gradients["features"].dtype == features.dtype
+
+
 def test_plain_only_and_off_keep_the_kernels_out(monkeypatch):
     def refuse(*args, **named):
         raise AssertionError("a kernel ran")
@@ -153,7 +193,7 @@ def test_plain_only_and_off_keep_the_kernels_out(monkeypatch):
     step(head, features, labels)
 
 
-@pytest.mark.parametrize("fused", ["ieee", "tf32x3", "tf32", "bf16"])
+@pytest.mark.parametrize("fused", ["ieee", "tf32", "bf16"])
 def test_products_in_the_kernels_stay_near_the_plain_lines(fused, monkeypatch):
     monkeypatch.setenv(gpu.VARIABLE, fused)
     head = build(24, 7, num_prototypes=5, projection="none", embed_dim=24, assignment="nearest").float().to(DEVICE)

@@ -47,6 +47,7 @@ class Settings:
         predict: whether `Assign` wants the class of highest score.
         errors: whether the update wants what the classes still get wrong (`losses.label_errors`).
         negative_weight: what a drawn negative stands for, where only some are drawn.
+        half: whether the features came in half precision, whose digits are all that products on a GPU then keep.
     """
 
     size: tuple[int, int, int]
@@ -60,6 +61,7 @@ class Settings:
     predict: bool = False
     errors: bool = False
     negative_weight: float = 1.0
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -415,12 +417,13 @@ def one_pass(batch: Batch, assign: Assign) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def class_cosines(raw: Tensor, prototypes: Tensor) -> Tensor:
+def class_cosines(raw: Tensor, prototypes: Tensor, *, half: bool = False) -> Tensor:
     """Eq. (1) without gradient: cosine of every pixel with the nearest prototype of every class, a band at a time.
 
     Args:
         raw: (N, D) embedding, of any length.
         prototypes: (C, K, D) unit vectors of the same type.
+        half: see `Settings`.
 
     Returns:
         (N, C), classes first in memory.
@@ -431,7 +434,7 @@ def class_cosines(raw: Tensor, prototypes: Tensor) -> Tensor:
     budget = CPU_BAND if raw.device.type == "cpu" else GPU_BAND
     step = max(FEWEST_COLUMNS, budget // (C * K))
     unit = raw.new_empty(min(step, len(raw)), D)
-    way = gpu.way(raw.device, raw.dtype)
+    way = gpu.way(raw.device, raw.dtype, half=half)
     for start in range(0, len(raw), step):
         part = raw[start : start + step]
         _to_unit(part, unit[: len(part)])
@@ -456,7 +459,7 @@ def _kernels(
     s = batch.settings
     siblings = s.siblings or target is None
     known = (batch.embedding, batch.prototypes, classes, target, s.temperature, siblings)
-    way = gpu.way(batch.embedding.device, batch.embedding.dtype)
+    way = gpu.way(batch.embedding.device, batch.embedding.dtype, half=s.half)
     if way is not None and batch.shard is None and batch.negatives is None:
         from protoseg.kernels.gpu import similarity as gpu_similarity
 

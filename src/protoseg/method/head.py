@@ -229,18 +229,19 @@ class PrototypeHead(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, D', h, w) features -> (N, D) unit embeddings, rows (b h w), in fp32 at least."""
-        return unit(self._embed(features))
+        return unit(self._embed(features)[0])
 
-    def _embed(self, features: Tensor) -> Tensor:
-        """`embed` before the unit length is taken."""
+    def _embed(self, features: Tensor) -> tuple[Tensor, bool]:
+        """`embed` before the unit length is taken, and whether the projection gave no more than half precision."""
         projected, layer_norm = self.projection(features), self.feature_norm
+        half = projected.dtype in (torch.bfloat16, torch.float16)
         if (self.projection_norm == "width" or layer_norm is not None) and kernels.normed_rows_apply():
             learned = (None, None, 0.0) if layer_norm is None else (layer_norm.weight, layer_norm.bias, layer_norm.eps)
-            return kernels.normed_rows(projected, self.projection_norm, *learned)
+            return kernels.normed_rows(projected, self.projection_norm, *learned), half
         embedding = embed(projected, self.projection_norm)
         if layer_norm is not None:
             embedding = layer_norm(unit(embedding) if self.projection_norm == "channel" else embedding)
-        return embedding
+        return embedding, half
 
     def _similarity(self, embedding: Tensor) -> Tensor:
         """(N, D) unit embeddings -> (N, C*K) similarity with every prototype."""
@@ -257,15 +258,15 @@ class PrototypeHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, D', h, w) features -> (B, C, h, w) class scores, in fp32 at least."""
         B, _, h, w = features.shape
-        raw = self._embed(features)
+        raw, half = self._embed(features)
         with torch.autocast(features.device.type, enabled=False):
-            scores = self._class_scores(raw)
+            scores = self._class_scores(raw, half)
         return scores.view(B, h, w, -1).permute(0, 3, 1, 2)
 
-    def _class_scores(self, raw: Tensor) -> Tensor:
-        """(N, D) embedding of any length -> (N, C)."""
+    def _class_scores(self, raw: Tensor, half: bool) -> Tensor:
+        """(N, D) embedding of any length, and whether it came in half precision -> (N, C)."""
         if kernels.class_cosines_apply():
-            cosines = kernels.class_cosines(raw, self.prototypes.to(raw.dtype))
+            cosines = kernels.class_cosines(raw, self.prototypes.to(raw.dtype), half=half)
             return self._score(measured(cosines, self.distance))
         return self.score(self._similarity(unit(raw)))
 
@@ -283,11 +284,11 @@ class PrototypeHead(nn.Module):
         """
         B, _, h, w = features.shape
         check_labels(labels, len(features), self.num_classes, self.ignore_index)
-        raw = self._embed(features)  # N D
+        raw, half = self._embed(features)  # N D
         classes = self._classes(labels, (h, w))  # N
         with torch.autocast(features.device.type, enabled=False):
             if kernels.one_pass_applies() and self.distance == "cosine":
-                return self._losses_in_one_pass(raw, labels, classes, (B, h, w), gumbel)
+                return self._losses_in_one_pass(raw, half, labels, classes, (B, h, w), gumbel)
             embedding = unit(raw)
             similarity = self._similarity(embedding)  # N CK
             scores = self.score(similarity)  # N C
@@ -324,7 +325,13 @@ class PrototypeHead(nn.Module):
         return self._bundle(total, ce, ppc, ppd, assignment.view(B, h, w), embedding.detach(), moving, errors)
 
     def _losses_in_one_pass(
-        self, raw: Tensor, labels: Tensor, classes: Tensor, size: tuple[int, int, int], gumbel: Tensor | None
+        self,
+        raw: Tensor,
+        half: bool,
+        labels: Tensor,
+        classes: Tensor,
+        size: tuple[int, int, int],
+        gumbel: Tensor | None,
     ) -> Losses:
         """What `losses` computes, without a table of all pixels by all prototypes."""
         settings = kernels.Settings(
@@ -339,6 +346,7 @@ class PrototypeHead(nn.Module):
             predict=self.update_from == "correct",
             errors=self.update_from == "errors",
             negative_weight=self.num_classes * self.num_prototypes / (self.contrast_negatives or 1),
+            half=half,
         )
         share = ranks_share(self._total)
         mass = labelled_mass(labels, self.ignore_index, self.class_weights, raw.dtype, self._total)

@@ -87,9 +87,10 @@ class ShardedPrototypeHead(PrototypeHead):
         """
         B, _, h, w = features.shape
         pixels = self._numbers([B * h * w], features.device)
-        raw = ranks.gathered(self._embed(features), [n for (n,) in pixels])
+        embedded, half = self._embed(features)
+        raw = ranks.gathered(embedded, [n for (n,) in pixels])
         with torch.autocast(features.device.type, enabled=False):
-            scores = ranks.exchanged(self._class_scores(raw), [n for (n,) in pixels], self.class_counts)
+            scores = ranks.exchanged(self._class_scores(raw, half), [n for (n,) in pixels], self.class_counts)
         return scores.view(B, h, w, -1).permute(0, 3, 1, 2)
 
     def losses(self, features: Tensor, labels: Tensor, *, gumbel: Tensor | None = None) -> Losses:
@@ -104,11 +105,12 @@ class ShardedPrototypeHead(PrototypeHead):
         images = self._images(features, labels)
         pixels = [n * h * w for n in images]
         classes = ranks.gathered(self._classes(labels, (h, w)), pixels)
-        raw = ranks.gathered(self._embed(features), pixels)
+        embedded, half = self._embed(features)
+        raw = ranks.gathered(embedded, pixels)
         noise = None if gumbel is None else ranks.gathered(gumbel, pixels)
         size = (sum(images), h, w)
         with torch.autocast(features.device.type, enabled=False):
-            found = self._losses_in_one_pass(raw, ranks.gathered(labels, images), classes, size, noise)
+            found = self._losses_in_one_pass(raw, half, ranks.gathered(labels, images), classes, size, noise)
         assert found.assignment is not None
         given = torch.where(found.assignment < 0, -1, found.assignment + self.first * self.num_prototypes)
         mine = slice(sum(images[: ranks.rank()]), sum(images[: ranks.rank() + 1]))

@@ -12,12 +12,15 @@
 | way | products | cosines of a band of pixels |
 |---|---|---|
 | `mm` | PyTorch's | a table, read twice and overwritten by the gradient's weights |
-| `ieee`, `tf32x3`, `tf32` | the kernel's, in that precision of `tl.dot` | never stored, made again for the gradient |
+| `ieee`, `tf32` | the kernel's, in that precision of `tl.dot` | never stored, made again for the gradient |
 | `bf16` | the kernel's, of numbers rounded to bf16, summed in fp32 | never stored, made again for the gradient |
 
-PyTorch's own setting decides: `mm` while fp32 products are full fp32 (`tl.dot` has no tensor cores for those), `tf32`
-where `torch.backends.cuda.matmul` allows it. The environment variable PROTOSEG_TRITON names a way outright or is `off`.
-Collectives are the same on every way, so ranks that differ in it still meet."""
+Features that came in half precision take `bf16`: they have hardly more digits than that. All others take `mm`, whose
+products are TF32 where `torch.backends.cuda.matmul` allows it. `tf32` is never taken unasked: `tl.dot` cuts digits off
+instead of rounding, and on an H100 bf16 was both nearer and faster. The environment variable PROTOSEG_TRITON names a
+way outright or is `off`. Collectives are the same on every way, so ranks that differ in it still meet. A way `tf32x3`
+(three TF32 products, near fp32) is gone: under Triton 3.6.0 its results on an H100 were wrong, at more than twice the
+time of `mm`."""
 
 from __future__ import annotations
 
@@ -30,14 +33,17 @@ import torch
 from torch import Tensor
 
 VARIABLE = "PROTOSEG_TRITON"
-FUSED = ("ieee", "tf32x3", "tf32", "bf16")
+FUSED = ("ieee", "tf32", "bf16")
 CHOICES = ("auto", "off", "mm", *FUSED)
 
 log = logging.getLogger(__name__)
 
 
-def way(device: torch.device, dtype: torch.dtype) -> str | None:
+def way(device: torch.device, dtype: torch.dtype, *, half: bool = False) -> str | None:
     """How the kernels take the products of tensors of this kind; None where the plain lines are to be taken.
+
+    Args:
+        half: whether the tensors, fp32 by now, came in half precision (bf16 or fp16).
 
     Raises:
         ValueError: PROTOSEG_TRITON is none of `CHOICES`.
@@ -55,7 +61,7 @@ def way(device: torch.device, dtype: torch.dtype) -> str | None:
         return asked if asked == "ieee" and interpreted() else "mm"
     if asked != "auto":
         return asked
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "mm"
+    return "bf16" if half else "mm"
 
 
 def interpreted() -> bool:

@@ -43,7 +43,9 @@ def _cosines(
     place = cls.to(tl.int64) * K + k
     if STORED:
         at = table + place[None] * stride + row[:, None]
-        return tl.load(at, mask=rows_in[:, None] & (cls < C)[None], other=0.0)
+        inside = rows_in[:, None] & (cls < C)[None]
+        # Once read, the second cache is better left to what is written beside.
+        return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
     else:
         acc = tl.zeros((R, T), ACC)
         d = tl.arange(0, BD)
@@ -86,8 +88,12 @@ def _nearest(
         own_class = tl.maximum(tl.load(classes + row, mask=rows_in, other=0), 0).to(tl.int32)
     if SUM and not SIBLINGS:
         given = tl.maximum(tl.load(target + row, mask=rows_in, other=0), 0).to(tl.int32)
-    top = tl.full((R,), LOWEST, ACC)  # of the exponents so far, base 2
-    mass = tl.zeros((R,), ACC)
+    if STORED:  # a sum of each place of the tile: nothing in the loop waits for another thread, so loads overlap
+        top = tl.full((R, T), LOWEST, ACC)  # of the exponents so far, base 2
+        mass = tl.zeros((R, T), ACC)
+    else:  # there registers are for the products
+        top = tl.full((R,), LOWEST, ACC)
+        mass = tl.zeros((R,), ACC)
     first_class = tl.program_id(1) * span
     for c in range(first_class, tl.minimum(first_class + span, C), T):
         cls = c + tl.arange(0, T)
@@ -108,7 +114,7 @@ def _nearest(
                     if WORDS > 1:
                         word_of_peak = tl.where(s > peak, w, word_of_peak)
                 peak = tl.maximum(peak, s)
-                if OWN:
+                if OWN and not STORED:
                     mine = inside & (cls[None] == own_class[:, None])
                     tl.store(own + (tl.zeros((R, T), tl.int64) + k) * own_stride + row[:, None], s, mask=mine)
                 if SUM:
@@ -116,9 +122,14 @@ def _nearest(
                     if not SIBLINGS:
                         rival = (cls[None] != own_class[:, None]) | ((cls * K + k)[None] == given[:, None])
                         t = tl.where(rival, t, -float("inf"))
-                    higher = tl.maximum(top, tl.max(t, 1))
-                    mass = mass * tl.exp2(top - higher) + tl.sum(tl.exp2(t - higher[:, None]), 1)
-                    top = higher
+                    if STORED:
+                        less = tl.exp2(-tl.abs(t - top))  # of the lower of the two, in units of the higher
+                        mass = tl.where(t > top, mass * less + 1.0, mass + less)
+                        top = tl.maximum(top, t)
+                    else:
+                        higher = tl.maximum(top, tl.max(t, 1))
+                        mass = mass * tl.exp2(top - higher) + tl.sum(tl.exp2(t - higher[:, None]), 1)
+                        top = higher
             if TIES:
                 at = ties + (w * C + cls).to(tl.int64)[None] * ties_stride + row[:, None]
                 tl.store(at, bits.to(tl.int16), mask=inside)
@@ -126,8 +137,35 @@ def _nearest(
         if TIES and WORDS > 1:
             at = ties + (C * WORDS + cls).to(tl.int64)[None] * ties_stride + row[:, None]
             tl.store(at, word_of_peak.to(tl.int16), mask=inside)
+    if OWN and STORED:
+        mine = rows_in & (own_class >= first_class) & (own_class < first_class + span)
+        for k in range(K):
+            s = tl.load(table + (own_class.to(tl.int64) * K + k) * stride + row, mask=mine, other=0.0)
+            tl.store(own + (tl.zeros((R,), tl.int64) + k) * own_stride + row, s, mask=mine)
     if SUM:
+        if STORED:
+            higher = tl.max(top, 1)
+            mass = tl.sum(mass * tl.exp2(top - higher[:, None]), 1)
+            top = higher
         tl.store(log_sum + tl.program_id(1) * n + row, (top + tl.log2(mass)) * 0.6931471805599453, mask=rows_in)
+
+
+@triton.jit
+def _merged(parts, log_sum, n, splits, R: tl.constexpr, ACC: tl.constexpr):
+    """(splits, n) log-sum-exp of some classes each -> (n,) of all; program i: pixels [i*R, i*R + R)."""
+    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    rows_in = row < n
+    top = tl.full((R,), LOWEST, ACC)
+    at = parts + row
+    for _ in range(splits):
+        top = tl.maximum(top, tl.load(at, mask=rows_in, other=0.0))
+        at += n
+    mass = tl.zeros((R,), ACC)
+    at = parts + row
+    for _ in range(splits):  # from the cache
+        mass += tl.exp(tl.load(at, mask=rows_in, other=0.0) - top)
+        at += n
+    tl.store(log_sum + row, top + tl.log(mass), mask=rows_in)
 
 
 @triton.jit
@@ -218,6 +256,7 @@ class Blocks:
     Attributes:
         rows, classes: of a tile of cosines. channels: of a block of D, all of it where it is kept on the chip.
         out: channels of the gradient that one program sums. warps, stages: of Triton.
+        programs: so many are wanted at least; where pixels give fewer, their classes are shared out.
     """
 
     rows: int
@@ -226,18 +265,20 @@ class Blocks:
     out: int
     warps: int
     stages: int
+    programs: int = 264  # two for each of an H200's multiprocessors
 
 
 def blocks(way: str, num_classes: int, dim: int, *, backward: bool) -> Blocks:
     """Sizes for `way` (see `protoseg.kernels.gpu`).
 
-    About the largest that compile for sm_90 without spilling registers; by that alone, not by time: no GPU ran them.
-    The gradient of more than 256 channels is taken 256 at a time, each with its own cosines.
+    With a table, enough programs to keep the memory busy: 12 for each of an H200's multiprocessors, and 512 bytes of a
+    line of the table in one piece. Else about the largest that compile for sm_90 without spilling registers, by that
+    alone, not by time. The gradient of more than 256 channels is taken 256 at a time, each with its own cosines.
     """
     wide = max(16, triton.next_power_of_2(dim))
     few = max(16, triton.next_power_of_2(num_classes))
     if way == "mm":
-        return Blocks(64, min(16, few), 16, 16, 4, 2)
+        return Blocks(64 if backward else 128, min(16, few), 16, 16, 4, 2, programs=12 * 132)
     if way == "bf16":
         whole, rows, classes = wide <= 256, 128, 64
         if backward:
@@ -248,8 +289,6 @@ def blocks(way: str, num_classes: int, dim: int, *, backward: bool) -> Blocks:
         if backward:
             return Blocks(64, 16 if whole else min(32, few), wide if whole else 64, min(wide, 256), 8, 2)
         return Blocks(64, min(32, few), wide if whole else 32, 16, 4, 2)
-    if way == "tf32x3":
-        return Blocks(64, min(32, few), min(wide, 64 if backward else 32), min(wide, 128), 8 if backward else 4, 2)
     return Blocks(64, 16 if backward else min(32, few), 16, min(wide, 128), 8, 2)
 
 
@@ -310,7 +349,7 @@ class Cosines:
         ties = self.classes.new_empty(C * (words + (words > 1)) if losses else 0, n, dtype=torch.int16)
         table = self.flat @ self.rows[start:end].T if self.tabled else best
         if n:
-            _run_nearest(self, start, end, table, best, ties, own=True, losses=losses)
+            run_nearest(self, start, end, table, best, ties, own=True, losses=losses)
         return best, [ties, table] if self.tabled else [ties]
 
     def gradient(self, slope: Tensor, seen: list[Tensor], share: Tensor, start: int, end: int, out: Tensor) -> None:
@@ -321,26 +360,11 @@ class Cosines:
             share: (n,) what the log-sum-exp's gradient is multiplied by, over tau; 0 for pixels outside the mean.
             out: (n, D), filled.
         """
-        n, C = end - start, self.num_classes
-        if not n:
+        if end == start:
             return
-        stored = self.tabled
-        b = blocks(self.way, C, self.dim, backward=True)
-        programs = triton.cdiv(n, b.rows) * (1 if stored else triton.cdiv(self.dim, b.out))
-        span, splits = _spans(C, b.classes, programs)
-        table = seen[1] if stored else slope
-        target = out if stored or splits == 1 else out.new_empty(splits, n, self.dim)
-        grid = (triton.cdiv(n, b.rows), splits, 1 if stored else triton.cdiv(self.dim, b.out))
-        with launching_on(out):
-            _weights[grid](
-                self.rows[start:], self.flat, table, table.stride(0), slope, slope.stride(0),
-                seen[0], seen[0].stride(0), self.log_sum[start:], share, self.classes[start:], self.target[start:],
-                target, n, C, span, BO=b.out, **_constants(self, b, slope.dtype),
-            )  # fmt: skip
-        if stored:
-            torch.mm(table.T, self.flat, out=out)
-        elif splits > 1:
-            torch.sum(target, 0, out=out)
+        run_weights(self, slope, seen, share, start, end, out)
+        if self.tabled:
+            torch.mm(seen[1].T, self.flat, out=out)
 
 
 def best_of_each_class(way: str, embedding: Tensor, prototypes: Tensor) -> Tensor:
@@ -354,35 +378,58 @@ def best_of_each_class(way: str, embedding: Tensor, prototypes: Tensor) -> Tenso
     best = embedding.new_empty(cosines.num_classes, len(embedding))
     table = cosines.flat @ cosines.rows.T if cosines.tabled else best
     if len(embedding):
-        _run_nearest(cosines, 0, len(embedding), table, best, best, own=False, losses=False)
+        run_nearest(cosines, 0, len(embedding), table, best, best, own=False, losses=False)
     return best
 
 
 LOG2E = 1.4426950408889634
-PROGRAMS = 264  # are wanted at least: two for each of an H200's multiprocessors
+MERGED = 256  # pixels of a program that merges log-sum-exps
 
 
-def _run_nearest(
+def run_nearest(
     cosines: Cosines, start: int, end: int, table: Tensor, best: Tensor, ties: Tensor, *, own: bool, losses: bool
 ) -> None:
+    """`Cosines.nearest` but for the product that makes the table."""
     n, C = end - start, cosines.num_classes
     b = blocks(cosines.way, C, cosines.dim, backward=False)
-    span, splits = _spans(C, b.classes, triton.cdiv(n, b.rows))
-    partial = cosines.log_sum[start:end] if splits == 1 else best.new_empty(splits, n)
+    span, splits = _spans(C, b, triton.cdiv(n, b.rows))
+    partial = cosines.log_sum[start:end] if splits == 1 or not losses else best.new_empty(splits, n)
     with launching_on(best):
         _nearest[triton.cdiv(n, b.rows), splits](
             cosines.rows[start:], cosines.flat, table, table.stride(0), best, best.stride(0), ties, ties.stride(0),
             cosines.own[:, start:], cosines.own.stride(0), partial, cosines.classes[start:], cosines.target[start:],
             n, C, span, OWN=own, TIES=losses, SUM=losses, **_constants(cosines, b, best.dtype),
         )  # fmt: skip
-    if losses and splits > 1:
-        torch.logsumexp(partial, 0, out=cosines.log_sum[start:end])
+        if losses and splits > 1:
+            kind = _accumulator(best.dtype)
+            _merged[(triton.cdiv(n, MERGED),)](partial, cosines.log_sum[start:end], n, splits, R=MERGED, ACC=kind)
 
 
-def _spans(num_classes: int, tile: int, programs: int) -> tuple[int, int]:
+def run_weights(
+    cosines: Cosines, slope: Tensor, seen: list[Tensor], share: Tensor, start: int, end: int, out: Tensor
+) -> None:
+    """`Cosines.gradient` but for the product with the table."""
+    n, C, D = end - start, cosines.num_classes, cosines.dim
+    stored = cosines.tabled
+    b = blocks(cosines.way, C, D, backward=True)
+    strips, parts = triton.cdiv(n, b.rows), 1 if stored else triton.cdiv(D, b.out)
+    span, splits = _spans(C, b, strips * parts)
+    table = seen[1] if stored else slope
+    target = out if stored or splits == 1 else out.new_empty(splits, n, D)
+    with launching_on(out):
+        _weights[strips, splits, parts](
+            cosines.rows[start:], cosines.flat, table, table.stride(0), slope, slope.stride(0),
+            seen[0], seen[0].stride(0), cosines.log_sum[start:], share, cosines.classes[start:],
+            cosines.target[start:], target, n, C, span, BO=b.out, **_constants(cosines, b, slope.dtype),
+        )  # fmt: skip
+    if not stored and splits > 1:
+        torch.sum(target, 0, out=out)
+
+
+def _spans(num_classes: int, b: Blocks, programs: int) -> tuple[int, int]:
     """(classes of a program, number of such spans): few pixels are shared out by classes, so that no core idles."""
-    tiles = triton.cdiv(num_classes, tile)
-    span = tile * triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, programs)))
+    tiles = triton.cdiv(num_classes, b.classes)
+    span = b.classes * triton.cdiv(tiles, min(tiles, triton.cdiv(b.programs, programs)))
     return span, triton.cdiv(num_classes, span)
 
 
@@ -397,10 +444,14 @@ def _constants(cosines: Cosines, b: Blocks, dtype: torch.dtype) -> dict[str, Any
         "BD": b.channels,
         "STORED": cosines.tabled,
         "SIBLINGS": cosines.siblings,
-        "PRECISION": cosines.way if cosines.way in ("tf32", "tf32x3") else "ieee",
+        "PRECISION": "tf32" if cosines.way == "tf32" else "ieee",
         "INTERPRETED": interpreted(),
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "ACC": _accumulator(dtype),
         "num_warps": b.warps,
         "num_stages": b.stages,
         "enable_fp_fusion": True,
     }
+
+
+def _accumulator(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
