@@ -99,6 +99,8 @@ def plan(device: str) -> list[Item]:
             (
                 checks("kernels/test_gpu.py"),
                 checks("kernels/test_triton_segments.py"),
+                checks("kernels/test_triton_memory.py"),
+                checks("kernels/test_triton_cross_entropy.py"),
                 checks("kernels/test_triton_head.py"),
                 *(checks("kernels/test_triton_similarity.py", way) for way in ways),
                 checks("method/test_step_cost.py", "on_a_gpu"),

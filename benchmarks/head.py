@@ -7,7 +7,8 @@ in one process, medians; a ratio is the median of the rounds' ratios. A step is 
 update of the prototypes, on features after the projection, channels last. The floor is two products of all pixels with
 all prototypes, a band at a time, and one copy of the features. `--memory` adds the peak of one step over the resident
 size before it, each contestant in its own process (on a GPU, whose allocator counts, in this one). There products and
-convolutions are all full fp32, or all TF32 with `--tf32`; PyTorch's default mixes them. The batch: about 20 classes in
+convolutions are all full fp32, or all TF32 with `--tf32`; PyTorch's default mixes them. On a GPU `replayed` is the one
+pass as a CUDA graph. The batch: about 20 classes in
 tiles, 5 % void, features near planted prototypes. Real features may tie more, or hold more classes.
 """
 
@@ -178,6 +179,20 @@ def _traced(losses: Losses) -> tuple[Tensor | None, ...]:
     return losses.total, losses.ce, losses.ppc, losses.ppd, losses.assignment, losses.embedding, losses.moving
 
 
+def replayed(step: Callable[[], object]) -> Callable[[], object]:
+    """The same step as one CUDA graph: what is left of it without its launches."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # compiles, and makes what is kept between steps
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def clusterings(shape: Shape, side: int, device: str) -> dict[str, Callable[[], object]]:
     """The class loop of the release against clustering and update, both given the cosines they start from."""
     features, labels, centres = batch(shape, side, device)
@@ -315,6 +330,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     shape = SHAPES[name]
     side = shape.full_side if arguments.full else shape.side
     steps = contestants(shape, side, arguments.device, arguments.compiled)
+    if arguments.device != "cpu":
+        steps["one pass, replayed"] = replayed(steps["one pass"])
     seconds = timed(steps, arguments.rounds, arguments.device)
     clustering = clusterings(shape, side, arguments.device)
     loops = timed(clustering, arguments.rounds, arguments.device)
@@ -334,6 +351,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
         "operations": {k: operations(v) for k, v in clustering.items()},
     }
     found |= {f"{name} / one pass": ratio(seconds[name], ours) for name in seconds if "compiled" in name}
+    if "one pass, replayed" in seconds:
+        found["release / one pass, replayed"] = ratio(seconds["release"], seconds["one pass, replayed"])
+        found["one pass, replayed / floor"] = ratio(seconds["one pass, replayed"], seconds["floor"])
     if arguments.memory:
         found["peak MB"] = {}
         for contestant in ("release", "plain", "one pass", "softmax"):

@@ -73,3 +73,36 @@ def test_tensors_of_another_device_than_the_current_one(monkeypatch):
     head, features, labels = problem(19, 10, 64, (1, 16, 16))
     there = step(head.to("cuda:1"), features.to("cuda:1"), labels.to("cuda:1"))
     assert torch.equal(here.cpu(), there.cpu())
+
+
+@pytest.mark.parametrize("label_size", [None, (128, 128)])
+def test_a_step_captured_in_a_graph_gives_the_bits_of_the_step(label_size):
+    head, features, labels = problem(19, 10, 64, (2, 32, 32), label_size)
+    features.requires_grad_(True)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+
+    def once():
+        features.grad = None
+        losses = head.losses(features, labels)
+        losses.total.backward()
+        head.update(losses)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            once()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    captured = features.grad
+    head.load_state_dict(before)
+    for _ in range(3):
+        graph.replay()
+    found, prototypes = captured.clone(), head.prototypes.clone()
+    head.load_state_dict(before)
+    for _ in range(3):
+        once()
+    assert torch.equal(features.grad, found)
+    assert torch.equal(head.prototypes, prototypes)

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from protoseg.kernels.gpu import cross_entropy, memory, rows, segments, similarity  # noqa: E402
 
+SIZES = [(10, 256, torch.float32), (20, 720, torch.float32), (1, 6, torch.float64)]  # K, D
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that one program may have there
 POINTERS = {
@@ -111,7 +112,7 @@ def test_rows_compile_for_hopper(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize(("k", "d", "dtype"), [(10, 256, torch.float32), (20, 720, torch.float32), (1, 6, torch.float64)])
+@pytest.mark.parametrize(("k", "d", "dtype"), SIZES)
 def test_segments_compile_for_hopper(k, d, dtype, monkeypatch):
     names = ("_round", "_choose", "_class_masses", "_row_sums", "_segment_sums")
     found = [compiled(monkeypatch, segments, name) for name in names]
@@ -127,13 +128,14 @@ def test_segments_compile_for_hopper(k, d, dtype, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("rule", memory.RULES)
-@pytest.mark.parametrize(("k", "d", "dtype"), [(10, 256, torch.float32), (20, 720, torch.float32), (1, 6, torch.float64)])
+@pytest.mark.parametrize(("k", "d", "dtype"), SIZES)
 def test_the_steps_of_the_memory_compile_for_hopper(k, d, dtype, rule, monkeypatch):
     names = ("_momentum", "_usage", "_worst_served", "_reseed")
     found = [compiled(monkeypatch, memory, name) for name in names]
     monkeypatch.setattr(segments, "row_sums", lambda rows, grouped: segments.RowSums(rows, grouped))
     held = [torch.zeros(19, k, d, dtype=dtype)] + [torch.zeros(19, k, dtype=dtype) for _ in range(4)]
-    x, moving, verdict = torch.zeros(64, d, dtype=dtype), torch.zeros(64, dtype=torch.int64), torch.zeros((), dtype=dtype)
+    x, verdict = torch.zeros(64, d, dtype=dtype), torch.zeros((), dtype=dtype)
+    moving = torch.zeros(64, dtype=torch.int64)
     counts = memory.move_(*held[:3], x, moving, verdict, 0.999, rule, 1000.0)
     memory.momentum_step_(*held[:3], held[0].flatten(0, 1), counts, verdict, 0.999, rule, 1000.0)
     memory.usage_step_(*held[3:], counts.view(19, k), verdict, 0.99, 0.1 / k)
@@ -142,7 +144,6 @@ def test_the_steps_of_the_memory_compile_for_hopper(k, d, dtype, rule, monkeypat
     for kernel in (kernel for kernels in found for kernel in kernels):
         assert kernel.metadata.shared <= SHARED
         assert ".f32.atom" not in kernel.asm["ptx"]  # a minimum of whole numbers alone does not mind who comes first
-
 
 
 def spilled(kernel, folder):

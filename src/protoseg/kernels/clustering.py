@@ -72,7 +72,8 @@ def balanced_index(
     if gpu.way(own.device, own.dtype) is not None:
         from protoseg.kernels.gpu import segments
 
-        return segments.balanced_index(own, classes, num_classes, kappa, iterations, few, lone, None if alone else total)
+        others = None if alone else total
+        return segments.balanced_index(own, classes, num_classes, kappa, iterations, few, lone, others)
     rounds = _rounds(own, classes, num_classes, kappa, iterations, total)
     if rounds.ordered is not None:
         ordered, order, starts = rounds.ordered

@@ -182,7 +182,8 @@ def _launch_momentum(
     with launching_on(prototypes):
         _momentum[weight.numel(),](
             prototypes, weight, length, runs, starts, counts, verdict, momentum, count_cap, RULES[rule],
-            D, triton.next_power_of_2(D), segments.ROWS, runs_given, accumulator(prototypes.dtype), enable_fp_fusion=True,
+            D, triton.next_power_of_2(D), segments.ROWS, runs_given, accumulator(prototypes.dtype),
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 

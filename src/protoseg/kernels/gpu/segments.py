@@ -232,9 +232,7 @@ def _added(runs, starts, segment, d, D: tl.constexpr, BD: tl.constexpr, R: tl.co
 
 
 @triton.jit
-def _segment_sums(
-    runs, starts, out, counts, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr
-):
+def _segment_sums(runs, starts, out, counts, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr):
     """Program (s, j): sum and number of segment s, channels [j*BD, j*BD + BD)."""
     segment = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
