@@ -102,10 +102,11 @@ def test_what_the_tests_ask_of_a_gpu_compiles_too(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_rows_compile_for_hopper(monkeypatch):
-    found = [compiled(monkeypatch, rows, name) for name in ("_unit", "_finish")]
+    found = [compiled(monkeypatch, rows, name) for name in ("_unit", "_finish", "_given")]
     x, none, target = torch.zeros(64, 720), torch.zeros(()), torch.zeros(64, dtype=torch.int64)
     rows.unit(x, x, x.bfloat16())
     rows.finish(x, x, x, x, target, x[:, 0].contiguous(), none, none)
+    rows.given(x[:, :10], x[:, 0].contiguous(), target, 0.1)
     for (kernel,) in found:
         assert kernel.metadata.shared <= SHARED
         assert "atom." not in kernel.asm["ptx"]

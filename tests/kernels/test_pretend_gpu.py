@@ -22,7 +22,7 @@ from protoseg.kernels.gpu import cross_entropy, memory, rows, segments, similari
 
 CUDA = torch.device("cuda", 0)
 KERNELS = {
-    rows: ("_unit", "_finish"),
+    rows: ("_unit", "_finish", "_given"),
     segments: ("_round", "_choose", "_class_masses", "_row_sums", "_segment_sums"),
     memory: ("_momentum", "_usage", "_worst_served", "_reseed"),
     similarity: ("_nearest", "_merged", "_weights"),
@@ -186,7 +186,7 @@ def test_no_sum_of_a_default_step_is_atomic(way, launches, monkeypatch):
         assert not [name for name in seen.names if name.removeprefix("aten.").startswith(atomic)]
 
 
-@pytest.mark.parametrize(("way", "most"), [("off", 178), ("mm", 30)])
+@pytest.mark.parametrize(("way", "most"), [("off", 178), ("mm", 24)])
 def test_clustering_and_update_take_as_many_operations_for_any_number_of_classes(way, most, launches, monkeypatch):
     """Beside the launches of Triton's kernels; without them it is far from the 30 aimed at."""
     monkeypatch.setenv(gpu.VARIABLE, way)
@@ -205,11 +205,11 @@ def test_clustering_and_update_take_as_many_operations_for_any_number_of_classes
     assert counts[0] == counts[1] == counts[2] <= most
 
 
-@pytest.mark.parametrize(("up", "kernels"), [(1, 10), (4, 11)])
+@pytest.mark.parametrize(("up", "kernels"), [(1, 11), (4, 12)])
 def test_the_losses_of_one_band_take_as_many_launches_at_label_size_as_at_feature_size(
     up, kernels, launches, monkeypatch
 ):
-    """But one: 149 or 151 operations, some 16 of which only allocate. By strips they were 249, by bands even more."""
+    """But one: 70 or 72 operations, some 20 of which only allocate. By strips they were 249, by bands even more."""
     monkeypatch.setenv(gpu.VARIABLE, "mm")
     made = head_there(16, 19, projection="none")
     for _ in range(2):  # the first time makes the tables of the resize
@@ -220,7 +220,7 @@ def test_the_losses_of_one_band_take_as_many_launches_at_label_size_as_at_featur
             features = torch.empty(8, 16, 128, 128, device=CUDA, requires_grad=True)
             before = seen.calls
             head.losses(features, labels)
-    assert seen.calls - before <= 151
+    assert seen.calls - before <= 72
     assert len(launches) == kernels
 
 

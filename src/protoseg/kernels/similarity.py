@@ -331,15 +331,11 @@ class OnePass(torch.autograd.Function):
             first = sweep(batch, 0.0, 0.0, raw=raw, gradient=False, parameters=False, only_own=True)
             target, moving = assign(first.own, first.predicted)
             swept = sweep(batch, *weights, target=target, errors=s.errors, **needed)
-        labelled = target >= 0
-        K = prototypes.shape[1]
-        near = swept.own.gather(1, (target % K)[:, None])[:, 0]  # N, cosine with the prototype that was given
-        ppc = torch.where(labelled, swept.log_sum - near / s.temperature, 0).sum()
-        ppd = torch.where(labelled, (1 - near).square(), 0).sum()
+        near, sums = _given(swept.own, swept.log_sum, target, s.temperature)
         if shard is not None:  # a pixel's target is on one rank
-            ppc, ppd = shard.total(torch.stack([ppc, ppd])).unbind()
-        ppc, ppd = ppc * pixel_share, ppd * pixel_share
-        total = swept.ce + s.contrast_weight * ppc + s.distance_weight * ppd
+            sums = shard.total(sums)
+        ppc, ppd = sums[0] * pixel_share, sums[1] * pixel_share
+        total = swept.ce.add(ppc, alpha=s.contrast_weight).add_(ppd, alpha=s.distance_weight)
         if swept.gradient is not None:
             _targets_and_length(
                 swept.gradient,
@@ -467,6 +463,18 @@ def _kernels(
     if similarity_cpu.takes(batch.embedding, batch.prototypes):
         return similarity_cpu.Cosines(*known, batch.shard, batch.negatives, s.negative_weight)
     return None
+
+
+def _given(own: Tensor, log_sum: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(N,) cosine of each pixel with the prototype it was given, and (2,) sums over all pixels of Eq. (5) and (6)."""
+    if gpu.way(own.device, own.dtype) is not None:
+        from protoseg.kernels.gpu import rows
+
+        return rows.given(own, log_sum, target, temperature)
+    labelled = target >= 0
+    near = own.gather(1, (target % own.shape[1])[:, None])[:, 0]
+    ppc = torch.where(labelled, log_sum - near / temperature, 0).sum()
+    return near, torch.stack([ppc, torch.where(labelled, (1 - near).square(), 0).sum()])
 
 
 def _own(table: Tensor, classes: Tensor) -> Tensor:

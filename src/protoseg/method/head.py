@@ -432,7 +432,9 @@ class PrototypeHead(nn.Module):
     def _classes(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, H, W) labels -> (N,) class at feature size, -1 where void. float64 holds any label exactly."""
         small = F.interpolate(labels[:, None].double(), size=size, mode=self.label_sampling).long().flatten()
-        valid = (small != self.ignore_index) & (small >= 0) & (small < self.num_classes)
+        valid = (small >= 0) & (small < self.num_classes)
+        if 0 <= self.ignore_index < self.num_classes:
+            valid &= small != self.ignore_index
         return torch.where(valid, small, -1)
 
     @torch.no_grad()

@@ -92,7 +92,7 @@ def ranks_share(total: Reduction) -> float:
 
 def labelled_count(labelled: Tensor, dtype: torch.dtype, total: Reduction = ranks.total) -> Tensor:
     """How many of the (N,) pixels are labelled, over all ranks; at least 1. () tensor."""
-    return total(labelled.to(dtype).sum()).clamp(min=1)
+    return total(labelled.sum(dtype=dtype)).clamp(min=1)
 
 
 def labelled_mass(
@@ -100,9 +100,9 @@ def labelled_mass(
 ) -> Tensor:
     """Sum over all ranks of the class weights of the labelled pixels, their number without weights; 1 for none. ()."""
     labelled = labels != ignore_index
-    mass = labelled.to(dtype)
-    if class_weights is not None:
-        mass = mass * class_weights.to(dtype)[torch.where(labelled, labels, 0)]
+    if class_weights is None:
+        return labelled_count(labelled, dtype, total)
+    mass = labelled.to(dtype) * class_weights.to(dtype)[torch.where(labelled, labels, 0)]
     mass = total(mass.sum())
     return torch.where(mass > 0, mass, 1)
 

@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Unit length of the rows of an N x D embedding, and its adjoint together with the targets' pull."""
+"""Unit length of the rows of an N x D embedding, and its adjoint together with the targets' pull; Eq. (5) and (6) of
+what each pixel was given."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from protoseg.kernels.gpu import launching_on
 
 TILE = 2048  # numbers of a program
+PIXELS = 512  # of a program of `_given`
 SHORTEST = tl.constexpr(1e-12)  # length; given a type by `tl.full`, or older versions of Triton take it in fp32
 
 
@@ -53,6 +55,22 @@ def _finish(
     radial = tl.where(length > shortest, tl.sum(g * x, 1), 0.0)
     g = (g - x * radial[:, None]) / tl.maximum(length, shortest)[:, None]
     tl.store(gradient + at, g, mask=inside)
+
+
+@triton.jit
+def _given(
+    own, stride_n, stride_k, log_sum, target, near, contrast, distance, n, SCALE: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    """Program i: of pixels [i*R, i*R + R) the cosine with the prototype that each was given, and both losses."""
+    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    given = tl.load(target + row, mask=row < n, other=-1)
+    known = given >= 0
+    cosine = tl.load(own + row * stride_n + (tl.maximum(given, 0) % K) * stride_k, mask=known, other=0.0)
+    tl.store(near + row, cosine, mask=row < n)
+    pushed = tl.load(log_sum + row, mask=known, other=0.0)
+    tl.store(contrast + tl.program_id(0), tl.sum(tl.where(known, pushed - cosine * SCALE, 0.0), 0))
+    tl.store(distance + tl.program_id(0), tl.sum(tl.where(known, (1 - cosine) * (1 - cosine), 0.0), 0))
 
 
 def _shape(dim: int) -> tuple[int, int]:
@@ -105,3 +123,25 @@ def finish(
                 gradient, unit_rows, raw, prototypes, target, near, contrast, distance,
                 n, *raw.stride(), dim, rows, wide, enable_fp_fusion=True,
             )  # fmt: skip
+
+
+def given(own: Tensor, log_sum: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Cosine of each pixel with the prototype it was given, and the losses that depend on it.
+
+    Args:
+        own: (N, K) cosines with the own class, of any strides. log_sum: (N,) of Eq. (5).
+        target: (N,) in [0, C*K), or -1 for none.
+
+    Returns:
+        (N,) cosines, 0 where nothing was given, and (2,) sums over all pixels of Eq. (5) and (6).
+    """
+    n, K = own.shape
+    programs = triton.cdiv(n, PIXELS)
+    near, parts = own.new_empty(n), own.new_empty(2, programs)
+    if n:
+        with launching_on(own):
+            _given[programs,](
+                own, *own.stride(), log_sum, target, near, parts[0], parts[1], n, 1 / temperature, K, PIXELS,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    return near, parts.sum(1)

@@ -53,9 +53,9 @@ class Segments:
 
 
 def grouped(index: Tensor, count: int) -> Segments:
-    """Segments of the (N,) index in [0, count), negative for none."""
+    """Segments of the (N,) index in [0, count), -1 for none."""
     narrow = torch.int16 if count < torch.iinfo(torch.int16).max else torch.int32  # a sort looks at 8 bits at a time
-    keys, order = torch.sort(torch.where(index < 0, count, index).to(narrow), stable=True)
+    keys, order = torch.sort(index.remainder(count + 1).to(narrow), stable=True)
     edges = torch.arange(count + 1, dtype=narrow, device=index.device)
     return Segments(order, keys, torch.searchsorted(keys, edges))
 
