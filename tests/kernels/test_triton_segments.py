@@ -101,11 +101,15 @@ def test_sums_over_ranks_are_those_of_all_pixels(tiles):
         assert torch.equal(found[labels[part] >= 0], direct[part][labels[part] >= 0])
 
 
-def test_more_segments_than_16_bits_count():
-    index = torch.tensor([40_000, -1, 3, 40_000, 0], device=DEVICE)
-    sums, counts = segments.segment_sums(torch.eye(5, device=DEVICE), index, 40_001)
-    assert sums[40_000].tolist() == [1, 0, 0, 1, 0]
-    assert counts.nonzero().flatten().tolist() == [0, 3, 40_000]
+@pytest.mark.parametrize("count", [5, 40_001])
+def test_segments_are_sorted_by_keys_as_narrow_as_their_number_allows(count):
+    index = torch.tensor([count - 1, -1, 3, count - 1, 0], device=DEVICE)
+    found = segments.grouped(index, count)
+    assert found.keys.dtype == (torch.int16 if count == 5 else torch.int32)
+    assert found.keys.tolist() == [0, 3, count - 1, count - 1, count]
+    assert found.order.tolist() == [4, 2, 0, 3, 1]
+    assert found.counts.nonzero().flatten().tolist() == [0, 3, count - 1]
+    assert found.starts[-1] == 4
 
 
 @pytest.mark.parametrize(("n", "d", "count"), [(150, 20, 7), (40, 130, 3), (0, 20, 3), (4, 20, 11)])
