@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from benchmarks.head import replayed
 
 from heads import batch
 from protoseg.kernels import gpu
@@ -87,19 +88,11 @@ def test_a_step_captured_in_a_graph_gives_the_bits_of_the_step(label_size):
         losses.total.backward()
         head.update(losses)
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            once()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once()
+    replay = replayed(once)
     captured = features.grad
     head.load_state_dict(before)
     for _ in range(3):
-        graph.replay()
+        replay()
     found, prototypes = captured.clone(), head.prototypes.clone()
     head.load_state_dict(before)
     for _ in range(3):

@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from protoseg.kernels.clustering_cpu import RULES  # noqa: E402
 from protoseg.kernels.gpu import cross_entropy, memory, rows, segments, similarity  # noqa: E402
 
 SIZES = [(10, 256, torch.float32), (20, 720, torch.float32), (1, 6, torch.float64)]  # K, D
@@ -128,12 +129,12 @@ def test_segments_compile_for_hopper(k, d, dtype, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("rule", memory.RULES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("k", "d", "dtype"), SIZES)
 def test_the_steps_of_the_memory_compile_for_hopper(k, d, dtype, rule, monkeypatch):
     names = ("_momentum", "_usage", "_worst_served", "_reseed")
     found = [compiled(monkeypatch, memory, name) for name in names]
-    monkeypatch.setattr(segments, "row_sums", lambda rows, grouped: segments.RowSums(rows, grouped))
+    monkeypatch.setattr(segments, "row_sums", lambda rows, grouped: rows)
     held = [torch.zeros(19, k, d, dtype=dtype)] + [torch.zeros(19, k, dtype=dtype) for _ in range(4)]
     x, verdict = torch.zeros(64, d, dtype=dtype), torch.zeros((), dtype=dtype)
     moving = torch.zeros(64, dtype=torch.int64)

@@ -6,6 +6,7 @@
 | `cross_entropy` | Eq. (2) at the labels' size, and its gradient to the class scores |
 | `rows` | unit length and its adjoint |
 | `segments` | rounds of Eq. (4) over all classes at once; the sums of Eq. (8) |
+| `memory` | the momentum of Eq. (8), the log of use, re-seeding, in place |
 
 `way` is asked once by each computation and names how it takes its products:
 

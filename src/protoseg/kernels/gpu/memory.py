@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from protoseg.kernels.clustering_cpu import RULES
 from protoseg.kernels.gpu import launching_on, segments
 from protoseg.kernels.gpu.segments import _added, accumulator
 
-RULES = {"constant": 0, "bias_corrected": 1, "count_aware": 2}
 SHORTEST = tl.constexpr(1e-12)  # length
 NOWHERE, BROKEN = tl.constexpr(torch.iinfo(torch.int64).max), tl.constexpr(torch.iinfo(torch.int64).min)
 ROWS, TILE = 64, 4096  # pixels and numbers of a program of `_worst_served`
@@ -167,10 +167,10 @@ def move_(
     Returns:
         (C*K,) pixels of each prototype.
     """
-    summed = segments.row_sums(embedding, segments.grouped(moving, weight.numel()))
+    grouped = segments.grouped(moving, weight.numel())
+    runs, starts = segments.row_sums(embedding, grouped), grouped.starts
     counts = torch.empty_like(weight).view(-1)
-    starts = summed.segments.starts
-    _launch_momentum(prototypes, weight, length, summed.runs, starts, counts, verdict, momentum, rule, count_cap, True)
+    _launch_momentum(prototypes, weight, length, runs, starts, counts, verdict, momentum, rule, count_cap, True)
     return counts
 
 

@@ -94,8 +94,8 @@ def _gathered(peaks, sums, starts, segment, k, K: tl.constexpr, WIDE: tl.constex
 
 @triton.jit
 def _factors(
-    start, end, at, keys, starts, peaks, sums, factors, shares, k,
-    K: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, FROM: tl.constexpr, SHARES: tl.constexpr, ACC: tl.constexpr,
+    start, end, at, keys, starts, peaks, sums, factors, k,
+    K: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, FROM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(R, WIDE) log of the factors of each pixel's class, of a tile."""
     found = tl.zeros((R, WIDE), ACC)
@@ -106,8 +106,6 @@ def _factors(
         if FROM == 1:
             top, total = _gathered(peaks, sums, starts, segment, k, K, WIDE, R, ACC)
             factor = tl.where(total > 0, -top - tl.log(tl.where(total > 0, total, 1.0)), 0.0)
-            if SHARES:
-                factor += tl.load(shares + segment * K + k, mask=k < K, other=0.0)
         else:
             factor = tl.load(factors + segment * K + k, mask=k < K, other=0.0)
         mine = (at >= run) & (at < stop)
@@ -118,9 +116,8 @@ def _factors(
 
 @triton.jit
 def _round(
-    own, stride_n, stride_k, order, keys, starts, count, old_peaks, old_sums, factors, shares, peaks, sums,
-    SCALE: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
-    FROM: tl.constexpr, SHARES: tl.constexpr, ACC: tl.constexpr,
+    own, stride_n, stride_k, order, keys, starts, count, old_peaks, old_sums, factors, peaks, sums,
+    SCALE: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, FROM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Program t: for each run of tile t the largest log mass of each prototype, and the sum relative to it."""
     start, end, at = _tile(starts, count, R)
@@ -132,9 +129,8 @@ def _round(
         log_mass = log_mass.to(ACC) * SCALE
         if FROM != 0:  # every pixel spends one unit under the factors of the round before
             plan = log_mass + _factors(
-                start, end, at, keys, starts, old_peaks, old_sums, factors, shares, k,
-                K, WIDE, R, FROM, SHARES, ACC,
-            )  # fmt: skip
+                start, end, at, keys, starts, old_peaks, old_sums, factors, k, K, WIDE, R, FROM, ACC
+            )
             plan = tl.where((k < K)[None], plan, -float("inf"))
             peak = tl.max(plan, 1)
             log_mass -= (peak + tl.log(tl.sum(tl.exp(plan - peak[:, None]), 1)))[:, None]
@@ -165,7 +161,7 @@ def _choose(
     inside = (at < end)[:, None] & (k < K)[None]
     cosine = tl.load(own + pixel[:, None] * stride_n + k[None].to(tl.int64) * stride_k, mask=inside, other=0.0)
     plan = cosine.to(ACC) * SCALE + _factors(
-        start, end, at, keys, starts, peaks, sums, factors, factors, k, K, WIDE, R, FROM, False, ACC
+        start, end, at, keys, starts, peaks, sums, factors, k, K, WIDE, R, FROM, ACC
     )
     of_class = tl.zeros((R,), tl.float32)  # pixels
     run = start
@@ -251,12 +247,10 @@ class Rounds:
     Args:
         own: (N, K) cosine of each pixel with the prototypes of its own class, of any strides.
         segments: of the C classes.
-        shares: (C, K) log of the share of its class that each prototype gets; None: equal shares.
     """
 
-    def __init__(self, own: Tensor, segments: Segments, kappa: float, shares: Tensor | None = None):
+    def __init__(self, own: Tensor, segments: Segments, kappa: float):
         self.own, self.segments, self.kappa = own, segments, kappa
-        self.shares = None if shares is None else shares.to(own.dtype).contiguous()
         self.runs: tuple[Tensor, Tensor] | None = None
         self.factors: Tensor | None = None
         self.tiles = triton.cdiv(len(own), ROWS)
@@ -274,9 +268,8 @@ class Rounds:
             with launching_on(self.own):
                 _round[self.tiles,](
                     self.own, *self.own.stride(), self.segments.order, self.segments.keys, self.segments.starts,
-                    self.segments.count, *old, self._or(self.factors), self._or(self.shares), *made, 1 / self.kappa,
-                    K, _wide(K), ROWS, self._from, self.shares is not None, accumulator(self.own.dtype),
-                    enable_fp_fusion=True,
+                    self.segments.count, *old, self._or(self.factors), *made, 1 / self.kappa,
+                    K, _wide(K), ROWS, self._from, accumulator(self.own.dtype), enable_fp_fusion=True,
                 )  # fmt: skip
         self.runs = (made[0], made[1])
 
@@ -377,20 +370,8 @@ def log_plan(
     return plan.log_softmax(1)
 
 
-@dataclass(frozen=True)
-class RowSums:
-    """Sums of the rows of each segment, still by runs.
-
-    Attributes:
-        runs: (places, D) in fp32 at least; those that no run has hold anything.
-    """
-
-    runs: Tensor
-    segments: Segments
-
-
-def row_sums(rows: Tensor, segments: Segments) -> RowSums:
-    """Of (N, D) rows, of any strides."""
+def row_sums(rows: Tensor, segments: Segments) -> Tensor:
+    """(places, D) sums of the runs of (N, D) rows of any strides, in fp32 at least; an unused place holds anything."""
     N, D = rows.shape
     wide = min(triton.next_power_of_2(max(D, 16)), TILE // ROWS)
     tiles = triton.cdiv(N, ROWS)
@@ -401,20 +382,20 @@ def row_sums(rows: Tensor, segments: Segments) -> RowSums:
                 rows, *rows.stride(), segments.order, segments.keys, segments.starts, segments.count, runs,
                 D, wide, ROWS, accumulator(rows.dtype), enable_fp_fusion=True,
             )  # fmt: skip
-    return RowSums(runs, segments)
+    return runs
 
 
 def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(count, D) sum, in fp32 at least, and (count,) number of the (N, D) rows of each index in [0, count)."""
     D = rows.shape[1]
-    summed = row_sums(rows, grouped(index, count))
+    segments = grouped(index, count)
+    runs = row_sums(rows, segments)
     wide = min(triton.next_power_of_2(max(D, 16)), TILE // RUNS.value)
-    sums, counts = summed.runs.new_empty(count, D), rows.new_empty(count)
+    sums, counts = runs.new_empty(count, D), rows.new_empty(count)
     if count:
         with launching_on(rows):
             _segment_sums[count, triton.cdiv(D, wide)](
-                summed.runs, summed.segments.starts, sums, counts, D, wide, ROWS, accumulator(rows.dtype),
-                enable_fp_fusion=True,
+                runs, segments.starts, sums, counts, D, wide, ROWS, accumulator(rows.dtype), enable_fp_fusion=True
             )  # fmt: skip
     return sums, counts
 
