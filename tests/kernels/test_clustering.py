@@ -4,12 +4,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import memories
 from heads import seeded
+from memories import RULES, copied, move, pixels, remember, step
 from protoseg import kernels
 from protoseg.kernels import clustering_cpu
 from protoseg.method import clustering, ranks
-from protoseg.method.prototypes import Memory, assigned_sums, move_, note_usage_, reseed_
-from protoseg.method.similarity import unit
+from protoseg.method.prototypes import assigned_sums
 
 # the last are the lines that a GPU takes without Triton, on a CPU
 ways = pytest.mark.parametrize("way", ["C", "PyTorch", "PyTorch on a GPU"], indirect=True)
@@ -145,39 +146,6 @@ def test_row_products_are_inner_products(n):
 
 # --- the memory's steps in place ------------------------------------------------------------------------------------
 
-SOUND = torch.zeros((), dtype=torch.float64)
-RULES = ["constant", "bias_corrected", "count_aware"]
-
-
-def remember(classes, k, d, seed=0, dtype=torch.float64):
-    g = seeded(seed)
-    vectors = unit(torch.randn(classes, k, d, generator=g, dtype=torch.float64))
-    numbers = [torch.rand(classes, k, generator=g, dtype=torch.float64) for _ in range(3)]
-    numbers[0] *= torch.rand(classes, k, generator=g) > 0.3  # some weigh nothing yet
-    idle = torch.randint(6, (classes, k), generator=g).double()
-    return Memory(*(t.to(dtype) for t in (vectors, *numbers, idle)))
-
-
-def pixels(seed, n, d, count, dtype=torch.float64):
-    g = seeded(seed)
-    x = unit(torch.randn(n, d, generator=g, dtype=torch.float64)).to(dtype)
-    return x, torch.randint(-1, count, (n,), generator=g)
-
-
-def move(memory, x, moving, verdict=SOUND, rule="constant", total=clustering.alone):
-    return move_(memory, x, moving, verdict.to(x.dtype), momentum=0.9, rule=rule, count_cap=3.0, total=total)
-
-
-def copied(memory):
-    return Memory(*(t.clone() for t in memory))
-
-
-def step(memory, x, moving, verdict=SOUND, rule="constant", total=clustering.alone, after=3):
-    counts = move(memory, x, moving, verdict, rule, total)
-    note_usage_(memory, counts, verdict.to(x.dtype))
-    reseed_(memory, x, moving, verdict.to(x.dtype), after)
-    return counts
-
 
 def tied(memory, x, moving):
     """Whether rounding decides which pixel of a class is least like its own prototype: lone pixels all are at 1."""
@@ -224,41 +192,16 @@ def test_the_sums_of_many_ranks_move_as_the_pixels_themselves(compiled, monkeypa
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_a_verdict_that_is_not_finite_changes_no_bit(way, value):
-    memory = remember(3, 4, 6)
-    before = copied(memory)
-    step(memory, *pixels(0, 50, 6, 12), verdict=torch.tensor(float(value), dtype=torch.float64), after=1)
-    assert all(torch.equal(a, b) for a, b in zip(memory, before))
+    memories.a_verdict_that_is_not_finite_changes_no_bit(value)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_broken_pixel_spoils_its_own_prototype_only(way, rule):
-    x, moving = pixels(0, 50, 6, 12)
-    x[7, 2], moving[7] = float("nan"), 5
-    memory = remember(3, 4, 6)
-    before = copied(memory)
-    move(memory, x, moving, rule=rule)
-    assert all(m.isfinite().all() for m in memory)
-    assert torch.equal(memory.prototypes.flatten(0, 1)[5], before.prototypes.flatten(0, 1)[5])
-    assert not torch.equal(memory.prototypes.flatten(0, 1)[6], before.prototypes.flatten(0, 1)[6])
-    idle = memory.idle.clone()
-    reseed_(memory, x, moving, SOUND, 1)
-    assert torch.equal(memory.idle[1], idle[1])  # the worst pixel of its class is not known
-    assert not torch.equal(memory.idle[[0, 2]], idle[[0, 2]])
+    memories.a_broken_pixel_spoils_its_own_prototype_only(rule)
 
 
 def test_the_longest_idle_gives_way_to_the_first_of_the_worst_served(way):
-    memory = remember(2, 3, 4)
-    memory.idle.copy_(torch.tensor([[5.0, 9, 9], [2, 0, 1]]))
-    x, _ = pixels(0, 6, 4, 6)
-    x[4] = x[1] = -memory.prototypes[0, 0]  # a tie
-    x[5] = memory.prototypes[1, 0]
-    before = copied(memory)
-    reseed_(memory, x, torch.tensor([0, 0, 0, -1, 0, 3]), SOUND, 3)
-    assert_close(memory.prototypes[0, 1], x[1])
-    assert memory.idle.tolist() == [[5, 0, 9], [2, 0, 1]]  # at most one of a class, none that is not due
-    assert memory.weight[0, 1] == memory.length[0, 1] == 1
-    assert memory.usage[0, 1] == pytest.approx(1 / 3)
-    assert torch.equal(memory.prototypes[1], before.prototypes[1])
+    memories.the_longest_idle_gives_way_to_the_first_of_the_worst_served()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -296,6 +239,7 @@ def test_other_types_and_devices_are_left_to_pytorch(compiled, tensors):
 def test_operators_keep_what_they_promise_a_compiler(compiled):
     own, labels = problem(0, 40, 4, 3, void=0)
     x, moving = pixels(0, 40, 5, 12)
+    sound = torch.zeros((), dtype=torch.float64)
     ops = torch.ops.protoseg
     ordered, order, starts, table = ops.first_sums(own, labels, 4)
     sums = table[:, :3]
@@ -304,13 +248,13 @@ def test_operators_keep_what_they_promise_a_compiler(compiled):
         (ops.next_sums, (ordered, starts, sums)),
         (ops.largest_mass, (ordered, order, starts, sums, table[:, 3], own, 3, False)),
         (ops.segment_sums, (x, moving, 12)),
-        (ops.move_, (*remember(4, 3, 5)[:3], x, moving, SOUND, 0.9, "constant", 5.0)),
+        (ops.move_, (*remember(4, 3, 5)[:3], x, moving, sound, 0.9, "constant", 5.0)),
         (
             ops.momentum_step_,
-            (*remember(4, 3, 5)[:3], *ops.segment_sums(x, moving, 12), SOUND, 0.9, "count_aware", 5.0),
+            (*remember(4, 3, 5)[:3], *ops.segment_sums(x, moving, 12), sound, 0.9, "count_aware", 5.0),
         ),
-        (ops.usage_step_, (*remember(4, 3, 5)[3:], ops.segment_sums(x, moving, 12)[1], SOUND, 0.9, 0.1)),
-        (ops.reseed_, (*remember(4, 3, 5), x, moving, SOUND, 1)),
+        (ops.usage_step_, (*remember(4, 3, 5)[3:], ops.segment_sums(x, moving, 12)[1], sound, 0.9, 0.1)),
+        (ops.reseed_, (*remember(4, 3, 5), x, moving, sound, 1)),
     ]
     for operator, arguments in cases:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
