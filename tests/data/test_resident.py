@@ -165,15 +165,16 @@ def test_cutting_never_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_device_way_draws_the_same_samples(folder_set):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_device_way_draws_the_same_samples(folder_set, workers):
     """What a GPU runs, on the CPU: several sizes in a batch, against the loader of files."""
     data = replace(folder_set, photometric=False)
     source = source_of(data)
     plain = of_files(data, batch=2)
-    ours = resident.ResidentLoader(source, resident.load(source, CPU), data, BatchOrder(len(source), 2, 1))
+    ours = resident.ResidentLoader(source, resident.load(source, CPU), data, BatchOrder(len(source), 2, 1), workers)
     for _ in range(6):
         ours._begin()
-        for one, other in zip(ours._cut_together(ours.order), plain, strict=True):
+        for one, other in zip(ours._cut_together(), plain, strict=True):
             assert one["name"] == other["name"]
             assert torch.equal(one["label"], other["label"])
             assert_close(one["image"].int(), other["image"].int(), rtol=0, atol=2)

@@ -115,6 +115,17 @@ class Place:
         self._resume = (state["epoch"] + 1, 0) if done >= len(order) else (state["epoch"], done)
 
 
+def of_processes(workers: int, seed: int) -> dict[str, Any]:
+    """What every `DataLoader` of the house is given beside its data and its order."""
+    return {
+        "num_workers": workers,
+        "pin_memory": torch.cuda.is_available(),
+        "persistent_workers": workers > 0,
+        "timeout": PATIENCE if workers > 0 else 0,
+        "generator": torch.Generator().manual_seed(seed),  # else each epoch draws from the global state
+    }
+
+
 class ResumableLoader(Place, DataLoader[Sample]):
     """A loader whose place is saved with the checkpoint. One iteration is one epoch; epochs do not end."""
 
@@ -122,12 +133,8 @@ class ResumableLoader(Place, DataLoader[Sample]):
         super().__init__(
             dataset,
             batch_sampler=order,
-            num_workers=workers,
             collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            timeout=PATIENCE if workers > 0 else 0,
-            generator=torch.Generator().manual_seed(order.seed),  # else each epoch draws from the global state
+            **of_processes(workers, order.seed),
         )
         self.order = order
 
@@ -169,12 +176,8 @@ def evaluation_loader(
         dataset,
         batch_size=1,
         sampler=range(rank, len(dataset), world),
-        num_workers=workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        timeout=PATIENCE if workers > 0 else 0,
-        generator=torch.Generator().manual_seed(0),
+        **of_processes(workers, seed=0),
     )
 
 

@@ -12,20 +12,21 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from protoseg.config import Data, DataError
 from protoseg.data import augment, transforms
 from protoseg.data.catalog import Source
 from protoseg.data.dataset import read
 from protoseg.data.images import FORMATS
-from protoseg.data.loading import Batch, BatchOrder, Place
+from protoseg.data.loading import Batch, BatchOrder, Place, of_processes
 from protoseg.data.transforms import Cut
 
 SPARE = 0.5  # share of the free memory that a set may take: the rest is for the network and its batches
@@ -130,8 +131,33 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
+class Draws(Dataset[Cut]):
+    """What is random about samples of pictures in memory; nothing of it is on a GPU, so loader processes can have it.
+
+    `draws[(epoch, index)]` is one sample's cut; a `DataLoader` asks for a whole batch at once and gets what
+    `augment.cut_batch` needs of it: the pairs, their `augment.numbers` and `augment.window`.
+    """
+
+    def __init__(self, pictures: Pictures, data: Data, ignore_index: int, seed: int) -> None:
+        labels = pictures.host_labels
+        self.pictures = replace(pictures, images=labels.new_empty(0, 3), labels=labels)
+        self.data = data
+        self.ignore_index = ignore_index
+        self.seed = seed
+
+    def __getitem__(self, pair: Pair) -> Cut:
+        epoch, index = pair
+        return transforms.draw_cut(self.pictures.label(index), self.data, self.ignore_index, self.seed, epoch, index)
+
+    def __getitems__(self, pairs: list[Pair]) -> tuple[list[Pair], Tensor, tuple[int, int]]:
+        cuts = [self[pair] for pair in pairs]
+        sizes = [self.pictures.sizes[index] for _, index in pairs]
+        numbers = augment.numbers(cuts, [self.pictures.first[index] for _, index in pairs], sizes)
+        return pairs, numbers, augment.window(cuts, sizes, self.data.crop_size)
+
+
 class ResidentLoader(Place):
-    """`loading.ResumableLoader` over pictures in memory: the same batches, the same place, no processes.
+    """`loading.ResumableLoader` over pictures in memory: the same batches, the same place.
 
     Batches are `{"image": (B, 3, h, w) uint8, "label": (B, h, w) int64, "index": (B,) int64, "name": [str]}`, tensors
     on the device of the pictures.
@@ -140,21 +166,29 @@ class ResidentLoader(Place):
         pictures: of `load`, for the same source.
         data: how samples are cut.
         order: which items make a batch.
-        workers: threads that prepare batches ahead: on the CPU whole samples, for a GPU only what is random in them.
+        workers: on the CPU threads, which prepare whole samples ahead; for a GPU processes, which draw what is random
+            in them: threads would take the interpreter away from the one that launches the network's kernels.
+
+    Attributes:
+        cuts: the loader of the draws, whose processes a GPU has.
     """
 
     def __init__(self, source: Source, pictures: Pictures, data: Data, order: BatchOrder, workers: int = 0) -> None:
         transforms.check_training(data)
         self.source = source
         self.pictures = pictures
-        self.data = data
+        self.crop_size = data.crop_size
         self.order = order
         self.workers = workers
+        self.draws = Draws(pictures, data, source.labels.ignore_index, order.seed)
+        self.cuts = DataLoader(
+            self.draws, batch_sampler=order, collate_fn=_as_it_is, **of_processes(workers, order.seed)
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         order = self._begin()
-        batch = self._cut_one_by_one if self.pictures.images.device.type == "cpu" else self._cut_together
-        for made in batch(order):
+        on_cpu = self.pictures.images.device.type == "cpu"
+        for made in self._cut_one_by_one(order) if on_cpu else self._cut_together():
             self.consumed += 1
             yield made
 
@@ -163,32 +197,26 @@ class ResidentLoader(Place):
 
         def sample(pair: Pair) -> tuple[Tensor, Tensor]:
             image, label = self.pictures.image(pair[1]), self.pictures.label(pair[1])
-            ignore = self.source.labels.ignore_index
-            return transforms.apply_cut(image, label, self._draw(pair), self.data.crop_size, ignore)
+            return transforms.apply_cut(image, label, self.draws[pair], self.crop_size, self.draws.ignore_index)
 
-        for pairs, samples in _batches_ahead(sample, order, self.workers):
-            images, labels = zip(*samples)
+        batches = list(order)
+        samples = _ahead(sample, [pair for pairs in batches for pair in pairs], self.workers, AHEAD * order.batch)
+        for pairs in batches:
+            images, labels = zip(*(next(samples) for _ in pairs))
             yield self._batch(pairs, torch.stack(images), torch.stack(labels).long(), torch.device("cpu"))
 
-    def _cut_together(self, order: BatchOrder) -> Iterator[Batch]:
+    def _cut_together(self) -> Iterator[Batch]:
         device = self.pictures.images.device
-        for pairs, cuts in _batches_ahead(self._draw, order, self.workers):
-            sizes = [self.pictures.sizes[index] for _, index in pairs]
-            numbers = augment.numbers(cuts, [self.pictures.first[index] for _, index in pairs], sizes)
+        for pairs, numbers, reach in self.cuts:
             image, label = augment.cut_batch(
                 self.pictures.images,
                 self.pictures.labels,
                 to_device(numbers, device),
-                crop_size=self.data.crop_size,
-                reach=augment.window(cuts, sizes, self.data.crop_size),
-                ignore_index=self.source.labels.ignore_index,
+                crop_size=self.crop_size,
+                reach=reach,
+                ignore_index=self.draws.ignore_index,
             )
             yield self._batch(pairs, image, label, device)
-
-    def _draw(self, pair: Pair) -> Cut:
-        epoch, index = pair
-        ignore = self.source.labels.ignore_index
-        return transforms.draw_cut(self.pictures.label(index), self.data, ignore, self.order.seed, epoch, index)
 
     def _batch(self, pairs: list[Pair], image: Tensor, label: Tensor, device: torch.device) -> Batch:
         indices = [index for _, index in pairs]
@@ -203,14 +231,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def _batches_ahead(
-    function: Callable[[Pair], Made], order: BatchOrder, workers: int
-) -> Iterator[tuple[list[Pair], list[Made]]]:
-    """Each batch of pairs with what `function` makes of them."""
-    batches = list(order)
-    made = _ahead(function, [pair for pairs in batches for pair in pairs], workers, AHEAD * order.batch)
-    for pairs in batches:
-        yield pairs, [next(made) for _ in pairs]
+def _as_it_is(batch: Made) -> Made:
+    """For a loader whose dataset makes batches itself."""
+    return batch
 
 
 def _ahead(function: Callable[[Given], Made], given: Iterable[Given], workers: int, depth: int) -> Iterator[Made]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from protoseg.method.resizing import bilinear
 from protoseg.models.segmenter import Segmenter
 
 
@@ -33,7 +33,7 @@ def similarities(model: Segmenter, image: Tensor) -> Tensor:
     cosine = head.embed(features).float() @ prototypes.T  # hw CK
     table = cosine.T.reshape(1, len(prototypes), *features.shape[-2:])
     padded = (H + -H % model.multiple, W + -W % model.multiple)
-    table = F.interpolate(table, padded, mode="bilinear", align_corners=head.align_corners)
+    table = bilinear(table, padded, align_corners=head.align_corners)
     return table[0, :, :H, :W].unflatten(0, head.prototypes.shape[:2])
 
 
@@ -56,7 +56,7 @@ def own_prototypes(similarity: Tensor, labels: Tensor, align_corners: bool = Fal
     chosen = torch.full_like(labels, -1)
     for c in labels.unique().tolist():
         if 0 <= c < len(similarity):  # a class at a time: the whole table at label size may be large
-            table = F.interpolate(similarity[c][None], labels.shape, mode="bilinear", align_corners=align_corners)
+            table = bilinear(similarity[c][None], (labels.shape[0], labels.shape[1]), align_corners=align_corners)
             chosen = torch.where(labels == c, table[0].argmax(0), chosen)
     return chosen
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.config import Evaluation, UserError
+from protoseg.method.resizing import bilinear
 from protoseg.models.segmenter import Segmenter
 
 Size = tuple[int, int]
@@ -321,7 +322,7 @@ def _add_probabilities(total: Tensor, answers: list[Answer]) -> None:
 def _resize(probabilities: Tensor, size: Size) -> Tensor:
     if probabilities.shape[-2:] == size:
         return probabilities
-    return F.interpolate(probabilities[None], size, mode="bilinear", align_corners=False)[0]
+    return bilinear(probabilities[None], size)[0]
 
 
 def _resized_rows(table: Tensor, size: Size, top: int, bottom: int, align_corners: bool = False) -> Tensor:
@@ -336,7 +337,7 @@ def _resized_rows(table: Tensor, size: Size, top: int, bottom: int, align_corner
     share = (position - above).float()[:, None]
     below = (above + 1).clamp(max=height - 1)
     rows = table[:, above].mul_(1 - share).add_(table[:, below] * share)  # C, bottom - top, w
-    return F.interpolate(rows[None], (bottom - top, size[1]), mode="bilinear", align_corners=align_corners)[0]
+    return bilinear(rows[None], (bottom - top, size[1]), align_corners=align_corners)[0]
 
 
 def _unit(image: Tensor) -> Tensor:

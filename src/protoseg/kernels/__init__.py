@@ -9,6 +9,7 @@ asks here whether a faster way applies, and takes the plain lines where it does 
 | transport plan, arg-max | `clustering.transport_plan`, `balanced_index` | small kappa, `torch.func`; `plain_only()` |
 | log of the plan | `clustering.log_plan` | no GPU, no Triton; `torch.compile`, `torch.func`; `plain_only()` |
 | sums of the update | `clustering.segment_sums` | `torch.func`; `plain_only()` |
+| the bilinear resize | `resizing.bilinear` | no GPU, order not asked for; `torch.func`; `plain_only()` |
 | the memory's steps in place | `memory` | no C compiler, no Triton, mixed types, `torch.func`; `plain_only()` |
 
 The answer depends on nothing that may differ between ranks (not on the number of pixels, say): ranks that sum over
@@ -28,6 +29,7 @@ from protoseg.kernels import clustering, gpu, memory
 from protoseg.kernels.clustering import balanced_index, log_plan, row_products, segment_sums, transport_plan
 from protoseg.kernels.embedding import normed_rows
 from protoseg.kernels.memory import momentum_step_, move_, reseed_, usage_step_
+from protoseg.kernels.resizing import bilinear, bilinear_adjoint
 from protoseg.kernels.shards import Shard
 from protoseg.kernels.similarity import Batch, Settings, class_cosines, one_pass
 
@@ -36,6 +38,9 @@ __all__ = [
     "Settings",
     "Shard",
     "balanced_index",
+    "bilinear",
+    "bilinear_adjoint",
+    "bilinear_applies",
     "class_cosines",
     "class_cosines_apply",
     "log_plan",
@@ -106,6 +111,12 @@ def log_plan_applies(own: Tensor) -> bool:
 def segment_sums_apply() -> bool:
     """Whether `prototypes.assigned_sums` goes through `segment_sums`."""
     return not (_transformed() or _plain.get())
+
+
+def bilinear_applies(x: Tensor) -> bool:
+    """Whether `method.resizing.bilinear` goes through `bilinear`: where its gradient must have one order."""
+    ordered = x.is_cuda and torch.are_deterministic_algorithms_enabled()
+    return ordered and not (_transformed() or _plain.get())
 
 
 def memory_steps_apply(*tensors: Tensor) -> bool:

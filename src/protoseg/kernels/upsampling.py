@@ -65,15 +65,24 @@ def _taps(size: int, out: int, align_corners: bool) -> tuple[tuple[int, ...], tu
 def lines(size: int, out: int, align_corners: bool, dtype: torch.dtype, device: torch.device) -> Lines:
     """The resize of `size` rows to `out` as `F.interpolate` does it. Made on the device: sending it would wait."""
     first, last = _taps(size, out, align_corners)
+    low, share = mixes(size, out, align_corners, dtype, device)
+    mix = low, torch.cat([1 - share, share], 1)
+    return Lines(first, last, matrix(low, share, size), max(1, TAPS * out // size), mix)
+
+
+def mixes(size: int, out: int, align_corners: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each output of that resize, (out,) int64 the first input it takes from and (out, 1) the share of the next."""
     y = torch.arange(out, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     source = y * (size - 1) / max(out - 1, 1) if align_corners else ((y + 0.5) * size / out - 0.5).clamp(min=0)
     low = source.floor().clamp(max=size - 1)
-    share = (source - low)[:, None].to(dtype)
-    mix = low.long(), torch.cat([1 - share, share], 1)
-    low, column = low.long()[:, None], torch.arange(size, device=device)
-    matrix = torch.where(column == low, 1 - share, 0)
-    matrix += torch.where(column == (low + 1).clamp(max=size - 1), share, 0)
-    return Lines(first, last, matrix, max(1, TAPS * out // size), mix)
+    return low.long(), (source - low)[:, None].to(dtype)
+
+
+def matrix(low: Tensor, share: Tensor, size: int) -> Tensor:
+    """(out, size) weights of `mixes`."""
+    column = torch.arange(size, device=low.device)
+    weights = torch.where(column == low[:, None], 1 - share, 0)
+    return weights + torch.where(column == (low[:, None] + 1).clamp(max=size - 1), share, 0)
 
 
 def widen(rows: Tensor, along: Lines) -> Tensor:

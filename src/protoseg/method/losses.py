@@ -15,6 +15,7 @@ from torch import Tensor
 
 from protoseg.method import ranks
 from protoseg.method.clustering import Reduction
+from protoseg.method.resizing import bilinear, bilinear_adjoint
 
 
 @dataclass
@@ -134,7 +135,7 @@ def segmentation_cross_entropy(
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if scores.shape[-2:] != labels.shape[-2:]:
-        scores = F.interpolate(scores, size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
+        scores = bilinear(scores, (labels.shape[-2], labels.shape[-1]), align_corners=align_corners)
     weights = None if class_weights is None else class_weights.to(scores.dtype)
     summed = F.cross_entropy(scores, labels, weight=weights, ignore_index=ignore_index, reduction="sum")
     return ranks_share(total) * summed / labelled_mass(labels, ignore_index, class_weights, scores.dtype, total)
@@ -162,9 +163,9 @@ def label_errors(
     Returns:
         (N, C) rows (b h w).
     """
-    (B, C, h, w), size = scores.shape, labels.shape[1:]
+    (_, C, h, w), size = scores.shape, (labels.shape[1], labels.shape[2])
     if size != (h, w):
-        scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=align_corners)
+        scores = bilinear(scores, size, align_corners=align_corners)
     valid = labels != ignore_index
     target = labels.masked_fill(~valid, 0)
     errors = scores.softmax(1).neg_()
@@ -172,7 +173,7 @@ def label_errors(
     weights = valid.to(errors.dtype) if class_weights is None else valid * class_weights.to(errors.dtype)[target]
     errors *= weights[:, None]
     if size != (h, w):
-        errors = torch.ops.aten.upsample_bilinear2d_backward(errors, size, (B, C, h, w), align_corners)
+        errors = bilinear_adjoint(errors, (h, w), align_corners=align_corners)
         errors *= (h * w) / (size[0] * size[1])
     return errors.permute(0, 2, 3, 1).reshape(-1, C)
 

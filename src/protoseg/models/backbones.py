@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.config import UserError
+from protoseg.method.resizing import bilinear
 from protoseg.models.blocks import BasicResidual, ConvNormAct, InvertedResidual, start_for_relu
 from protoseg.models.weights import fetch, from_hub, load_backbone_weights, load_segformer_weights
 
@@ -182,7 +182,7 @@ class TimmPyramid(nn.Module):
             features = maps[index].permute(0, 3, 1, 2) if self._channels_last else maps[index]
             size = (int(H / stride), int(W / stride))
             if tuple(features.shape[-2:]) != size:
-                features = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+                features = bilinear(features, size)
             pyramid.append(features)
         return pyramid
 

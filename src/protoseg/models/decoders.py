@@ -10,17 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from protoseg.method.resizing import bilinear
 from protoseg.models.blocks import ConvNormAct, SeparableConv, start_for_relu
 
 
 def resized(x: Tensor, like: Tensor) -> Tensor:
     """`x` bilinearly at the height and width of `like`."""
-    if x.shape[-2:] == like.shape[-2:]:
-        return x
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+    size = (like.shape[-2], like.shape[-1])
+    return x if x.shape[-2:] == size else bilinear(x, size)
 
 
 class LightDecoder(nn.Module):

@@ -16,6 +16,7 @@ from protoseg.config import Head, Model
 from protoseg.method.head import PrototypeHead
 from protoseg.method.inference import FrozenHead, bilinear_labels, freeze
 from protoseg.method.losses import Losses, segmentation_cross_entropy
+from protoseg.method.resizing import bilinear
 from protoseg.models.blocks import ConvNormAct, start_for_relu
 
 
@@ -89,7 +90,7 @@ class Segmenter(nn.Module):
         H, W = images.shape[-2:]
         scores, size = self.coarse(images)
         if scores.shape[-2:] != size:
-            scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=self.head.align_corners)
+            scores = bilinear(scores, size, align_corners=self.head.align_corners)
         return scores[..., :H, :W]
 
     def coarse(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

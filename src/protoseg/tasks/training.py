@@ -82,7 +82,7 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
         run / LAST, recipe.checkpoint_every, recipe.val_every, stop, settings, recipe.checkpoint_minutes
     )
     average = WeightAverage(recipe.ema) if recipe.ema else None
-    loaders: list[Any] = [loader.loader]
+    loaders: list[Any] = [loader.processes]
     callbacks: list[Callback] = [average] if average else []
     callbacks += [reporter, checkpoints]
     if validation is not None:
@@ -159,6 +159,8 @@ class Stream:
     def __init__(self, loader: loading.ResumableLoader | ResidentLoader, length: int):
         self.loader = loader
         self.length = length
+        self.processes = loader.cuts if isinstance(loader, ResidentLoader) else loader
+        self.processes.worker_init_fn = forget_signals
 
     def __len__(self) -> int:
         return self.length
@@ -196,7 +198,6 @@ def training_batches(recipe: Recipe, source: Source, machine: Machine) -> Stream
         workers=recipe.data.workers,
         accumulate=machine.accumulate,
     )
-    loader.worker_init_fn = forget_signals
     return Stream(loader, recipe.steps * machine.accumulate)
 
 

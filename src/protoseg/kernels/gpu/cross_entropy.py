@@ -211,15 +211,15 @@ def _label_gradient(
 def _resize(
     size: int, out: int, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The resize of `size` rows to `out`, exactly that of `upsampling.lines`; made once, for a step costs no launch.
+    """The resize of `size` rows to `out`, exactly that of `upsampling.mixes`; made once, for a step costs no launch.
 
     Returns:
         (out,) int32 first row of each output, (out,) share of the next one, and (size + 1,) int32 how many outputs have
         a first row before this one: those from `starts[i]` to `starts[i + 1]` have row i.
     """
-    low, shares = upsampling.lines(size, out, align_corners, dtype, device).mix
+    low, share = upsampling.mixes(size, out, align_corners, dtype, device)
     starts = torch.searchsorted(low, torch.arange(size + 1, device=device), out_int32=True)
-    return low.int(), shares[:, 1].contiguous(), starts
+    return low.int(), share[:, 0], starts
 
 
 def _constants(
