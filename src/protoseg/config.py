@@ -71,7 +71,7 @@ class Data:
         limit: use only the first so many pairs of each split (smoke runs).
         cache: keep decoded pairs in memory, once per loader process (4 bytes a pixel).
         resident: decode the training split once, keep it where the network runs and cut the samples there; they are
-            the same samples. `workers` are then threads.
+            the same samples. `workers` are then threads on a CPU, and for a GPU processes that draw what is random.
         max_pixels: refuse to decode larger pictures (decompression bombs).
         length: `synthetic` only, the number of generated training scenes.
     """

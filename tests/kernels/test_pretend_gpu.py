@@ -11,11 +11,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from protoseg.config import Head, Model
 from protoseg.data import augment
 from protoseg.engine.module import zero_unless_
 from protoseg.kernels import gpu
 from protoseg.method.head import PrototypeHead
 from protoseg.method.losses import Losses
+from protoseg.models import build
 
 pytest.importorskip("triton")
 from protoseg.kernels.gpu import cross_entropy, memory, rows, segments, similarity
@@ -97,16 +99,18 @@ def head_there(*args, change=lambda head: None, **named):
     head = PrototypeHead(*args, **named)
     change(head)
 
-    def moved():
-        for module in head.modules():
-            for held in (module._parameters, module._buffers):
-                for name, value in held.items():
-                    if value is not None:
-                        there = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
-                        held[name] = nn.Parameter(there) if isinstance(value, nn.Parameter) else there
-        return head
+    return lambda: moved(head)
 
-    return moved
+
+def moved(root):
+    """All that a module holds, there; to be called inside."""
+    for module in root.modules():
+        for held in (module._parameters, module._buffers):
+            for name, value in held.items():
+                if value is not None:
+                    there = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+                    held[name] = nn.Parameter(there) if isinstance(value, nn.Parameter) else there
+    return root
 
 
 def step(head, side=32, up=4, dtype=torch.float32):
@@ -222,6 +226,33 @@ def test_the_losses_of_one_band_take_as_many_launches_at_label_size_as_at_featur
             head.losses(features, labels)
     assert seen.calls - before <= 72
     assert len(launches) == kernels
+
+
+@pytest.mark.parametrize("kind", ["prototype", "softmax", "cosine"])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_network_among_deterministic_algorithms_resizes_without_a_sort(kind, ordered, launches, monkeypatch):
+    """There `F.interpolate` is four gathers, and its gradient sorts every number of a map by its place."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: ordered)
+    network = build(Model(network="tiny"), Head(kind=kind, embed_dim=24), 5)
+    with FakeTensorMode(allow_non_fake_inputs=True), Seen() as seen:
+        there = moved(network)
+        images = torch.empty(2, 3, 64, 96, dtype=torch.uint8, device=CUDA)
+        losses = there.losses(images, torch.empty(2, 64, 96, dtype=torch.int64, device=CUDA))
+        names = backward_names(losses.total)
+    assert "aten._unsafe_index.Tensor" not in seen.names
+    assert ("UpsampleBilinear2DBackward0" in names) == (not ordered)
+    assert ("_BilinearBackward" in names) == ordered
+
+
+def backward_names(loss):
+    """Names of all steps of the way back, which cannot be gone where nothing but the tensors pretends."""
+    todo, known = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in known:
+            known.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return {node.name() for node in known}
 
 
 def test_batches_are_cut_on_their_device():
