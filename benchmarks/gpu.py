@@ -133,11 +133,12 @@ def parts(shape: Shape, side: int, device: str, way: str) -> dict[str, Callable[
     cosines = Cosines(way, rows, centres, classes, None, 0.1, True)
     cosines.fill(None, 0, len(rows))
     best, seen = cosines.nearest(0, n)
-    slope, share = torch.randn_like(best), torch.rand(n, device=device)
+    slope = torch.randn_like(best)
+    cosines.push(torch.rand((), device=device), 1.0)
     out = torch.empty(n, shape.dim, device=device)
     return {
         f"{way}: nearest of {n} pixels": lambda: cosines.nearest(0, n),
-        f"{way}: gradient of {n} pixels": lambda: cosines.gradient(slope, seen, share, 0, n, out),
+        f"{way}: gradient of {n} pixels": lambda: cosines.gradient(slope, seen, 0, n, out),
     }
 
 
@@ -155,11 +156,12 @@ def bare(shape: Shape, side: int, device: str, way: str) -> dict[str, Callable[[
     best, seen = cosines.nearest(0, n)
     table = seen[1] if cosines.tabled else best
     # Small, as the gradient leaves weights in the table and is timed on these again: they must not grow.
-    slope, share = 1e-3 * torch.randn_like(best), 1e-3 * torch.rand(n, device=device)
+    slope = 1e-3 * torch.randn_like(best)
+    cosines.push(1e-3 * torch.rand((), device=device), 1.0)
     out = torch.empty_like(rows)
     return {
         "nearest": lambda: similarity.run_nearest(cosines, 0, n, table, best, seen[0], own=True, losses=True),
-        "gradient": lambda: similarity.run_weights(cosines, slope, seen, share, 0, n, out),
+        "gradient": lambda: similarity.run_weights(cosines, slope, seen, 0, n, out),
     }
 
 

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from protoseg.kernels.clustering_cpu import RULES  # noqa: E402
-from protoseg.kernels.gpu import cross_entropy, memory, rows, segments, similarity  # noqa: E402
+from protoseg.kernels.gpu import cross_entropy, labels, memory, rows, segments, similarity  # noqa: E402
 
 SIZES = [(10, 256, torch.float32), (20, 720, torch.float32), (1, 6, torch.float64)]  # K, D
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -79,7 +79,8 @@ def test_the_one_pass_compiles_for_hopper_and_fits_it(way, k, d, monkeypatch):
     owner = torch.zeros(n, dtype=torch.int64)
     cosines = similarity.Cosines(way, x, p, owner, owner, 0.1, siblings=way != "mm")
     best, seen = cosines.nearest(0, n)
-    cosines.gradient(best, seen, cosines.log_sum, 0, n, x)
+    cosines.push(cosines.log_sum[0], 0.01)
+    cosines.gradient(best, seen, 0, n, x)
     for (kernel,) in found:
         assert kernel.metadata.shared <= SHARED
         assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (way != "mm")  # the tensor cores of that GPU
@@ -95,7 +96,8 @@ def test_what_the_tests_ask_of_a_gpu_compiles_too(monkeypatch):
     owner = torch.zeros(37, dtype=torch.int64)
     cosines = similarity.Cosines("mm", x, p, owner, owner, 0.1, siblings=False)
     best, seen = cosines.nearest(3, 37)
-    cosines.gradient(best, seen, cosines.log_sum[3:], 3, 37, x[3:])
+    cosines.push(cosines.log_sum[0], 0.01)
+    cosines.gradient(best, seen, 3, 37, x[3:])
     for (kernel,) in found:
         assert kernel.metadata.shared <= SHARED
         assert ".f64" in kernel.asm["ptx"]
@@ -103,11 +105,14 @@ def test_what_the_tests_ask_of_a_gpu_compiles_too(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_rows_compile_for_hopper(monkeypatch):
-    found = [compiled(monkeypatch, rows, name) for name in ("_unit", "_finish", "_given")]
+    found = [compiled(monkeypatch, rows, name) for name in ("_unit", "_finish", "_given", "_totals")]
+    found.append(compiled(monkeypatch, labels, "_labelled"))
     x, none, target = torch.zeros(64, 720), torch.zeros(()), torch.zeros(64, dtype=torch.int64)
     rows.unit(x, x, x.bfloat16())
-    rows.finish(x, x, x, x, target, x[:, 0].contiguous(), none, none)
-    rows.given(x[:, :10], x[:, 0].contiguous(), target, 0.1)
+    rows.finish(x, x, x, x, target, x[:, 0].contiguous(), (none, 0.1), (none, 0.01))
+    _, parts = rows.given(x[:, :10], x[:, 0].contiguous(), target, 0.1)
+    rows.totals(x.flatten(), parts, none, none, 0.01, 0.01)
+    labels.labelled(target, torch.zeros(2, 32, 32, dtype=torch.int64), 19, 255, None, torch.float32)
     for (kernel,) in found:
         assert kernel.metadata.shared <= SHARED
         assert "atom." not in kernel.asm["ptx"]
@@ -168,16 +173,17 @@ def spilled(kernel, folder):
         (2, 5, 1, torch.float64),
     ],
 )
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("weighted", "scaled"), [(False, True), (True, True), (False, False)])
 def test_the_cross_entropy_compiles_for_hopper_and_spills_nothing(
-    classes, side, label_side, dtype, weighted, monkeypatch, tmp_path
+    classes, side, label_side, dtype, weighted, scaled, monkeypatch, tmp_path
 ):
     found = [compiled(monkeypatch, cross_entropy, n) for n in ("_same_size", "_label_log_sums", "_label_gradient")]
     scores, share = torch.zeros(classes, side * side, dtype=dtype), torch.zeros((), dtype=dtype)
     weights = torch.ones(classes, dtype=dtype) if weighted else None
+    scale = share if scaled else None
     labels = torch.zeros(1, label_side, label_side, dtype=torch.int64)
-    cross_entropy.cross_entropy_(scores, labels.flatten()[: side * side], 255, weights, share)
-    cross_entropy.label_cross_entropy(scores, (side, side), labels, False, 255, weights, share)
+    cross_entropy.cross_entropy_(scores, labels.flatten()[: side * side], 255, weights, share, scale)
+    cross_entropy.label_cross_entropy(scores, (side, side), labels, False, 255, weights, share, scale)
     for (kernel,) in found:
         assert kernel.metadata.shared <= SHARED
         assert "atom." not in kernel.asm["ptx"]
@@ -185,4 +191,4 @@ def test_the_cross_entropy_compiles_for_hopper_and_spills_nothing(
     _, (forward,), (backward,) = found
     if dtype == torch.float32:  # neither exchanges anything between threads but at a program's ends
         assert forward.asm["ptx"].count("bar.sync") <= 1
-        assert backward.asm["ptx"].count("bar.sync") <= 3
+        assert backward.asm["ptx"].count("bar.sync") <= 3 + 2 * scaled

@@ -20,11 +20,12 @@ from protoseg.method.losses import Losses
 from protoseg.models import build
 
 pytest.importorskip("triton")
-from protoseg.kernels.gpu import cross_entropy, memory, rows, segments, similarity
+from protoseg.kernels.gpu import cross_entropy, labels, memory, rows, segments, similarity
 
 CUDA = torch.device("cuda", 0)
 KERNELS = {
-    rows: ("_unit", "_finish", "_given"),
+    labels: ("_labelled",),
+    rows: ("_unit", "_finish", "_given", "_totals"),
     segments: ("_round", "_choose", "_class_masses", "_row_sums", "_segment_sums"),
     memory: ("_momentum", "_usage", "_worst_served", "_reseed"),
     similarity: ("_nearest", "_merged", "_weights"),
@@ -82,13 +83,19 @@ def launches(monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, Launcher(name))
     monkeypatch.setattr(gpu, "at_hand", lambda device: True)
-    cross_entropy._resize.cache_clear()
     yield found
-    cross_entropy._resize.cache_clear()  # no tensor that pretends is left for those that do not
+    forget()
+
+
+def forget():
+    """No tensor that pretends is left for those that do not, or for another that does."""
+    for cache in (cross_entropy._resize, segments._edges):
+        cache.cache_clear()
 
 
 @contextmanager
 def pretending():
+    forget()
     with FakeTensorMode(allow_non_fake_inputs=False), Seen() as seen:
         yield seen
     assert seen.elsewhere == set()
@@ -190,7 +197,7 @@ def test_no_sum_of_a_default_step_is_atomic(way, launches, monkeypatch):
         assert not [name for name in seen.names if name.removeprefix("aten.").startswith(atomic)]
 
 
-@pytest.mark.parametrize(("way", "most"), [("off", 178), ("mm", 24)])
+@pytest.mark.parametrize(("way", "most"), [("off", 177), ("mm", 22)])
 def test_clustering_and_update_take_as_many_operations_for_any_number_of_classes(way, most, launches, monkeypatch):
     """Beside the launches of Triton's kernels; without them it is far from the 30 aimed at."""
     monkeypatch.setenv(gpu.VARIABLE, way)
@@ -209,22 +216,22 @@ def test_clustering_and_update_take_as_many_operations_for_any_number_of_classes
     assert counts[0] == counts[1] == counts[2] <= most
 
 
-@pytest.mark.parametrize(("up", "kernels"), [(1, 11), (4, 12)])
+@pytest.mark.parametrize(("up", "operations", "kernels"), [(1, 40, 13), (4, 44, 14)])
 def test_the_losses_of_one_band_take_as_many_launches_at_label_size_as_at_feature_size(
-    up, kernels, launches, monkeypatch
+    up, operations, kernels, launches, monkeypatch
 ):
-    """But one: 70 or 72 operations, some 20 of which only allocate. By strips they were 249, by bands even more."""
+    """But one, and two to bring labels to feature size; half of them only allocate. By strips there were 249."""
     monkeypatch.setenv(gpu.VARIABLE, "mm")
     made = head_there(16, 19, projection="none")
-    for _ in range(2):  # the first time makes the tables of the resize
-        launches.clear()
-        with pretending() as seen:
-            head = made()
-            labels = torch.empty(8, 128 * up, 128 * up, dtype=torch.int64, device=CUDA)
-            features = torch.empty(8, 16, 128, 128, device=CUDA, requires_grad=True)
+    with pretending() as seen:
+        head = made()
+        labels = torch.empty(8, 128 * up, 128 * up, dtype=torch.int64, device=CUDA)
+        features = torch.empty(8, 16, 128, 128, device=CUDA, requires_grad=True)
+        for _ in range(2):  # the first time makes tables that stay
+            launches.clear()
             before = seen.calls
             head.losses(features, labels)
-    assert seen.calls - before <= 72
+    assert seen.calls - before <= operations
     assert len(launches) == kernels
 
 

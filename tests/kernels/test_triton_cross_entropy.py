@@ -1,5 +1,7 @@
 """The cross-entropy's kernels against `F.interpolate` and `F.cross_entropy` in float64, differentiated by autograd."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,36 +35,41 @@ def problem(classes, size, label_size, images=1, void=0.2, dtype=torch.float64):
     return scores.to(DEVICE, dtype), labels.to(DEVICE)
 
 
-def truth(scores, labels, align_corners=False, weights=None):
-    """Sum over labels, and (G, C, h, w) `SHARE` times its gradient, in float64."""
+def truth(scores, labels, align_corners=False, weights=None, scale=None):
+    """Sum over labels, (G, C, h, w) `SHARE` times its gradient, and the same to the log of the scale, in float64."""
     scores = scores.double().requires_grad_(True)
-    wide = scores
+    log_scale = torch.tensor(0.0 if scale is None else math.log(scale), dtype=torch.float64, device=DEVICE)
+    wide = scores * log_scale.requires_grad_(True).exp()
     if scores.shape[2:] != labels.shape[1:]:
-        wide = F.interpolate(scores, size=labels.shape[1:], mode="bilinear", align_corners=align_corners)
+        wide = F.interpolate(wide, size=labels.shape[1:], mode="bilinear", align_corners=align_corners)
     weights = None if weights is None else weights.double()
     loss = F.cross_entropy(wide, labels, weight=weights, ignore_index=VOID, reduction="sum")
     (SHARE * loss).backward()
-    return loss.detach(), scores.grad
+    return loss.detach(), scores.grad, log_scale.grad
 
 
-def found(scores, labels, align_corners=False, weights=None):
+def found(scores, labels, align_corners=False, weights=None, scale=None):
     """The same through the kernels."""
     images, classes, h, w = scores.shape
     flat = scores.transpose(0, 1).reshape(classes, -1).clone(memory_format=torch.contiguous_format)
     share = torch.tensor(SHARE, dtype=scores.dtype, device=scores.device)
     if (h, w) == labels.shape[1:]:
-        loss, gradient = cross_entropy.cross_entropy_(flat, labels.reshape(-1), VOID, weights, share), flat
+        parts = (*cross_entropy.cross_entropy_(flat, labels.reshape(-1), VOID, weights, share, scale), flat)
     else:
-        loss, gradient = cross_entropy.label_cross_entropy(flat, (h, w), labels, align_corners, VOID, weights, share)
-    return loss, gradient.view(classes, images, h, w).transpose(0, 1)
+        parts = cross_entropy.label_cross_entropy(flat, (h, w), labels, align_corners, VOID, weights, share, scale)
+    losses, slopes, gradient = parts
+    assert (len(slopes) == 0) == (scale is None)
+    return losses.sum(), gradient.view(classes, images, h, w).transpose(0, 1), slopes.sum()
 
 
 def assert_true(scores, labels, *args, rtol=0.0, atol=1e-12):
-    loss, gradient = found(scores, labels, *args)
-    true, true_gradient = truth(scores, labels, *args)
+    loss, gradient, slope = found(scores, labels, *args)
+    true, true_gradient, true_slope = truth(scores, labels, *args)
     assert loss.dtype == gradient.dtype == scores.dtype
     assert_close(loss.double(), true, rtol=rtol, atol=atol)
     assert_close(gradient.double(), true_gradient, rtol=rtol, atol=atol)
+    if len(args) > 2:
+        assert_close(slope.double(), true_slope, rtol=rtol, atol=10 * atol)  # a sum over all of them
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -83,6 +90,16 @@ def test_class_weights_and_several_images(label_size):
     assert_true(*problem(4, (3, 4), label_size, images=3), False, weights)
 
 
+@pytest.mark.parametrize("scale", [0.7, 20.0])
+@pytest.mark.parametrize(
+    ("classes", "size", "label_size"), [(5, *SIZES["twice"]), (19, *SIZES["between"]), (9, (4, 5), (4, 5))]
+)
+def test_a_scale_of_the_scores_and_the_gradient_to_it(classes, size, label_size, scale):
+    scores, labels = problem(classes, size, label_size, images=2)
+    given = torch.tensor(scale, dtype=torch.float64, device=DEVICE)
+    assert_true(scores / scale, labels, False, None, given, atol=1e-11)
+
+
 @pytest.mark.parametrize(("size", "label_size"), [((3, 70), (3, 70)), ((1, 70), (2, 140)), ((2, 130), (1, 33))])
 def test_rows_longer_than_a_program(size, label_size):
     assert_true(*problem(3, size, label_size))
@@ -96,7 +113,7 @@ def test_fp32_stays_near_float64(label_size):
 
 @pytest.mark.parametrize("label_size", SMALL)
 def test_without_a_label_there_is_no_loss_and_no_gradient(label_size):
-    loss, gradient = found(*problem(3, (3, 4), label_size, void=1.1))
+    loss, gradient, _ = found(*problem(3, (3, 4), label_size, void=1.1))
     assert loss == 0
     assert not gradient.any()
 
@@ -116,7 +133,7 @@ def test_what_is_no_number_or_no_class_shows_in_the_loss(label_size, bad):
         scores[0, :, 2, 3] = torch.nan
     else:
         labels[0, 2, 3] = 7
-    loss, gradient = found(scores, labels)
+    loss, gradient, _ = found(scores, labels)
     assert loss.isnan()
     assert gradient[0, :, 0, 0].isfinite().all()  # far from there all is as it was
 
@@ -124,7 +141,7 @@ def test_what_is_no_number_or_no_class_shows_in_the_loss(label_size, bad):
 @pytest.mark.parametrize("label_size", SMALL)
 def test_the_same_bits_every_time(label_size):
     scores, labels = problem(9, (3, 4), label_size, images=2, dtype=torch.float32)
-    loss, gradient = found(scores, labels)
+    loss, gradient, _ = found(scores, labels)
     again = found(scores, labels)
     assert torch.equal(again[0], loss)
     assert torch.equal(again[1], gradient)

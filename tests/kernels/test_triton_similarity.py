@@ -13,6 +13,7 @@ rows = pytest.importorskip("protoseg.kernels.gpu.rows", reason="no Triton")
 pytestmark = at_hand
 
 TAU = 0.1
+FACTOR = 0.7
 # Of a cosine and, relative to its norm, of the gradient. Inputs of tf32 and bf16 fit these types already, so what is
 # rounded is a prototype's weight in the gradient. (The interpreter has no tf32 and multiplies in fp32.)
 TOLERANCES = {
@@ -46,8 +47,7 @@ class Problem:
         self.target = torch.where(self.classes < 0, -1, given.to(DEVICE))
         self.part = slice(start, n)
         self.slope = torch.randn(classes, n - start, generator=g, dtype=torch.float64).to(DEVICE, dtype)
-        share = torch.rand(n - start, generator=g, dtype=torch.float64).to(DEVICE, dtype)
-        self.share = share * (self.classes[self.part] >= 0)
+        self.share = torch.rand((), generator=g, dtype=torch.float64).to(DEVICE, dtype)
 
     def found(self, way, siblings=True):
         """(C, n) maxima, (n,) log-sum-exp, (K, n) own cosines and (n, D) gradient by the kernels."""
@@ -56,7 +56,8 @@ class Problem:
         cosines.fill(None, 0, len(self.x))
         best, seen = cosines.nearest(self.part.start, self.part.stop)
         gradient = torch.full_like(self.x[self.part], torch.nan)
-        cosines.gradient(self.slope, seen, self.share, self.part.start, self.part.stop, gradient)
+        cosines.push(self.share, FACTOR)
+        cosines.gradient(self.slope, seen, self.part.start, self.part.stop, gradient)
         return best, cosines.log_sum[self.part], cosines.own[:, self.part], gradient
 
     def true(self, siblings=True):
@@ -72,7 +73,8 @@ class Problem:
             rivals.scatter_(1, self.target[self.part].clamp(min=0)[:, None], False)
             logits = logits.masked_fill(rivals, -torch.inf)
         log_sum = logits.logsumexp(1)
-        ((best.T * self.slope).sum() + (log_sum * self.share * TAU).sum()).backward()
+        pushed = torch.where(self.classes[self.part] >= 0, log_sum, 0).sum() * self.share.double() * FACTOR
+        ((best.T * self.slope).sum() + pushed).backward()
         own = table.unflatten(1, (classes, k)).gather(1, owner[:, None].expand(-1, 1, k))[:, 0]
         return best.T.detach(), log_sum.detach(), own.T.detach(), x.grad
 
@@ -143,7 +145,7 @@ def test_sharing_classes_out_over_programs_changes_nothing(way, programs, monkey
 @pytest.mark.parametrize("way", ["mm", "bf16"])
 def test_void_pixels_have_no_contrast(way):
     problem = Problem(20, 3, 4, 20, torch.float32, way=way, void=1.0)
-    assert not problem.share.any()
+    assert (problem.classes < 0).all()
     problem.check(way)
     problem.check(way, siblings=False)
 
@@ -178,8 +180,30 @@ def test_the_maximum_is_taken_of_sums_not_of_rounded_cosines():
         best, seen = cosines.nearest(0, 1)
         assert best.item() == 1 + 2**-12
         gradient = torch.empty_like(x)
-        cosines.gradient(torch.ones_like(best), seen, torch.zeros(1, device=DEVICE), 0, 1, gradient)
+        cosines.push(torch.zeros((), device=DEVICE), 1.0)
+        cosines.gradient(torch.ones_like(best), seen, 0, 1, gradient)
         assert gradient[0, 1].item() == 2**-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 700])
+def test_what_pixels_were_given_and_the_total_of_all_losses(n, dtype):
+    """More parts than are summed at once, and pixels that were given nothing."""
+    g = seeded(n)
+    own = (torch.rand(4, n, generator=g, dtype=dtype) * 2 - 1).to(DEVICE).T
+    log_sum, losses = torch.randn(n, generator=g, dtype=dtype).to(DEVICE), torch.rand(5000, generator=g, dtype=dtype)
+    target = torch.randint(-1, 20, (n,), generator=g).to(DEVICE)
+    shares = torch.tensor([0.01, 1 / n], dtype=dtype, device=DEVICE)
+    near, parts = rows.given(own, log_sum, target, TAU)
+    total, ce, ppc, ppd = rows.totals(losses.to(DEVICE), parts, *shares, 0.3, 0.2)
+    given = target >= 0
+    true = torch.where(given, own.gather(1, (target % 4)[:, None])[:, 0], 0)
+    tolerance = {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    assert torch.equal(near, true)
+    assert_close(ce, losses.to(DEVICE).sum() * shares[0], **tolerance)
+    assert_close(ppc, (log_sum - true / TAU)[given].sum() * shares[1], **tolerance)
+    assert_close(ppd, (1 - true[given]).square().sum() * shares[1], **tolerance)
+    assert_close(total, ce + 0.3 * ppc + 0.2 * ppd, **tolerance)
 
 
 def test_unit_rows_are_rounded_to_bf16_beside():
@@ -214,6 +238,6 @@ def test_unit_length_and_its_adjoint(n, d, layout, dtype):
     cosine = (x * prototypes[target.clamp(min=0)]).sum(1)
     pull = torch.where(target >= 0, -contrast * cosine + distance * (1 - cosine).square(), 0).sum()
     ((x * slope).sum() + pull).backward()
-    rows.finish(slope, out, raw, prototypes, target, near, contrast, distance)
+    rows.finish(slope, out, raw, prototypes, target, near, (contrast / 3, 3.0), (distance / 0.5, 0.5))
     assert_close(slope[1:], leaf.grad[1:], rtol=0, atol=tolerance)
     assert_close(slope[0], leaf.grad[0], rtol=tolerance, atol=0)  # without length: held at 1e-12, so enormous

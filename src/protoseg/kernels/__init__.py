@@ -3,6 +3,7 @@ asks here whether a faster way applies, and takes the plain lines where it does 
 
 | what | fast way | where not |
 |---|---|---|
+| classes at feature size, and their number | `gpu.labels.labelled` | no GPU, no Triton; `plain_only()` |
 | scores, losses and their gradient | `similarity.one_pass` | `torch.compile`, `torch.func`; `plain_only()` |
 | norms before the unit length | `embedding.normed_rows` | `torch.compile`, `torch.func`, tracing; `plain_only()` |
 | scores alone, without gradient | `similarity.class_cosines` | `torch.compile`, export, tracing; `plain_only()` |
@@ -43,6 +44,8 @@ __all__ = [
     "bilinear_applies",
     "class_cosines",
     "class_cosines_apply",
+    "labelled",
+    "labelled_applies",
     "log_plan",
     "log_plan_applies",
     "memory_steps_apply",
@@ -78,6 +81,25 @@ def plain_only() -> Iterator[None]:
 def one_pass_applies() -> bool:
     """Whether `head.losses` goes through `one_pass`. A compiler traces the plain lines and fuses them itself."""
     return not (torch.compiler.is_compiling() or _transformed() or _plain.get())
+
+
+def labelled_applies(labels: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the one pass finds classes and their number through `labelled`; it sums what the plain lines sum."""
+    return gpu.way(labels.device, dtype) is not None
+
+
+def labelled(
+    sampled: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    class_weights: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """See `gpu.labels.labelled`; a GPU's alone."""
+    from protoseg.kernels.gpu import labels as on_gpu
+
+    return on_gpu.labelled(sampled, labels, num_classes, ignore_index, class_weights, dtype)
 
 
 def normed_rows_apply() -> bool:

@@ -100,7 +100,7 @@ class Batch:
 class Swept:
     """What one sweep gives. `gradient` (N, D) lacks the targets' term; the last four are None unless asked for."""
 
-    ce: Tensor  # () mean
+    ce: Tensor  # (P,) parts of the sum over labels
     log_sum: Tensor  # (N,) log-sum-exp of cosine / tau; without siblings over what Eq. (5) then leaves
     own: Tensor  # (N, K)
     predicted: Tensor | None  # (N,)
@@ -145,10 +145,9 @@ def sweep(
     height, width = labels.shape[1:]
     budget = CPU_BAND if batch.embedding.device.type == "cpu" else GPU_BAND
     scale = batch.log_scale.exp().to(batch.embedding.dtype)
-    ce_share = batch.label_share * ce_weight
-    ppc_share = batch.pixel_share * ppc_weight
+    ce_share = _times(*_factors(batch.label_share, ce_weight))
+    ppc_share, ppc_factor = _factors(batch.pixel_share, ppc_weight)
     shard = batch.shard
-    valid = batch.classes >= 0
     classes = batch.classes if shard is None else shard.local(batch.classes)
     kernels = _kernels(batch, classes, target)
     transposed = flat.T.contiguous() if kernels is None else flat  # `finish` alone wants it
@@ -159,6 +158,8 @@ def sweep(
     if fused:
         from protoseg.kernels.gpu import cross_entropy as fused_cross_entropy
     whole = fused and h * w <= columns  # every band is of whole images
+    # The cross-entropy's kernels then take cosines for scores, and give the gradient to them.
+    scaled = fused and (whole or not resized) and s.layer_norm is None and not errors
     if resized and not (whole or only_own):
         kind = (s.align_corners, batch.embedding.dtype, batch.embedding.device)
         vertical, across = upsampling.lines(h, height, *kind), upsampling.lines(w, width, *kind)
@@ -166,16 +167,20 @@ def sweep(
     tabled = batch.negatives is None and kernels is None
     work = new(C * K * widest if tabled else 0)  # one for all bands: fresh memory costs page faults
 
-    push = valid * (ppc_share / s.temperature)  # N, for `kernels`
-    losses: list[Tensor] = []  # () cross-entropy of each band
+    if kernels is None:
+        ppc_share, valid = _times(ppc_share, ppc_factor / s.temperature), batch.classes >= 0
+    else:
+        kernels.push(ppc_share, ppc_factor)
+    losses: list[Tensor] = []  # parts of each band's cross-entropy
+    slopes: list[Tensor] = []  # the same of its gradient to the log of the scale
 
     swept = Swept(
-        ce=new(()),  # filled in the end
+        ce=scale,  # as `log_scale`, filled in the end
         log_sum=new(N) if kernels is None else kernels.log_sum,
         own=new(K, N) if kernels is None else kernels.own,  # turned in the end
         predicted=batch.classes.new_empty(N) if s.predict else None,
         gradient=new(N, D) if gradient else None,
-        log_scale=torch.zeros_like(scale) if parameters else None,
+        log_scale=None,
         norm_weight=new(C).zero_() if parameters and s.layer_norm is not None else None,
         norm_bias=new(C).zero_() if parameters and s.layer_norm is not None else None,
         errors=new(C, N) if errors else None,  # turned in the end, as `own`
@@ -186,10 +191,14 @@ def sweep(
         part = slice(start, end)
         if swept.errors is not None:
             swept.errors[:, part] = scores_gradient
-        if kernels is not None:  # log-sum-exp and own cosines are there already
+        best_gradient = scores_gradient
+        if not scaled:
             best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
+            if parameters:
+                slopes.append(torch.dot(best_gradient.flatten(), best.flatten())[None])
+        if kernels is not None:  # log-sum-exp and own cosines are there already
             if swept.gradient is not None:
-                kernels.gradient(best_gradient, seen, push[part], start, end, swept.gradient[part])
+                kernels.gradient(best_gradient, seen, start, end, swept.gradient[part])
             return
         (cosines,) = seen
         table = cosines.view(C, K, -1)
@@ -203,10 +212,9 @@ def sweep(
                 cosines, *contrasted, batch.negatives, s.negative_weight, s.temperature, shard
             )
         swept.log_sum[part] = total.log() + shift
-        best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
         if swept.gradient is None:
             return
-        share = torch.where(valid[part], ppc_share / (s.temperature * total), 0)
+        share = torch.where(valid[part], ppc_share / total, 0)
         tied = table.eq_(best[:, None])  # the cosines become 0 and 1
         best_gradient = best_gradient / tied.sum(1).clamp_(min=1)
         if batch.negatives is None:
@@ -231,7 +239,7 @@ def sweep(
                 _to_unit(raw[start:end], batch.embedding[start:end])
             cosines = gemm.similarities(flat, batch.embedding[start:end])  # CK n
             best, seen = cosines.view(C, K, -1).amax(1), [cosines]  # C n
-        scores = _scores(batch, scale, best)
+        scores = best if scaled else _scores(batch, scale, best)
         if swept.predicted is not None:
             swept.predicted[start:end] = scores.argmax(0) if shard is None else shard.argmax(scores)
         if only_own:
@@ -242,16 +250,19 @@ def sweep(
         if not resized:
             flat_labels = labels[0, start:end, 0]
             if fused:
-                losses.append(fused_cross_entropy.cross_entropy_(scores, flat_labels, *asked))
+                loss, slope = fused_cross_entropy.cross_entropy_(scores, flat_labels, *asked, scale if scaled else None)
+                slopes.append(slope)
             else:
-                losses.append(upsampling.cross_entropy_(scores, flat_labels, *asked, shard))
+                loss = upsampling.cross_entropy_(scores, flat_labels, *asked, shard)[None]
+            losses.append(loss)
             finish(seen, best, scores, start, end)
             continue
         if whole:
-            loss, scores_gradient = fused_cross_entropy.label_cross_entropy(
-                scores, (h, w), labels[images.start : images.stop], s.align_corners, *asked
+            loss, slope, scores_gradient = fused_cross_entropy.label_cross_entropy(
+                scores, (h, w), labels[images.start : images.stop], s.align_corners, *asked, scale if scaled else None
             )
             losses.append(loss)
+            slopes.append(slope)
             finish(seen, best, scores_gradient, start, end)
             continue
         if rows.start == 0:
@@ -265,12 +276,11 @@ def sweep(
             label_gradient = torch.cat([above[3], label_gradient], 1)
             top -= 1
         ready = vertical.ready(rows.stop)
-        losses.append(
-            upsampling.strip_cross_entropy(
-                widened, label_gradient, vertical, (done, ready), top, labels[images.start : images.stop], *asked,
-                budget, shard,
-            )
+        loss = upsampling.strip_cross_entropy(
+            widened, label_gradient, vertical, (done, ready), top, labels[images.start : images.stop], *asked,
+            budget, shard,
         )  # fmt: skip
+        losses.append(loss[None])
         done = ready
         if rows.stop < h:
             carried = ([t[:, -w:] for t in seen], best[:, -w:], widened[:, -1:], label_gradient[:, -1:])
@@ -282,7 +292,9 @@ def sweep(
             scores_gradient = scores_gradient[:, w:]
         if end > start:
             finish(seen, best, scores_gradient, start, end)
-    swept.ce = sum(losses[1:], losses[0]) * batch.label_share if losses else swept.ce.zero_()
+    swept.ce = _joined(losses) if losses else new(0)
+    if parameters:
+        swept.log_scale = _joined(slopes).sum() if slopes else torch.zeros_like(scale)
     swept.own = swept.own.T
     if swept.errors is not None:  # from minus the gradient of a mean over labels to units of a pixel
         swept.errors = swept.errors.mul_(-(h * w) / (height * width) / batch.label_share).T
@@ -331,21 +343,9 @@ class OnePass(torch.autograd.Function):
             first = sweep(batch, 0.0, 0.0, raw=raw, gradient=False, parameters=False, only_own=True)
             target, moving = assign(first.own, first.predicted)
             swept = sweep(batch, *weights, target=target, errors=s.errors, **needed)
-        near, sums = _given(swept.own, swept.log_sum, target, s.temperature)
-        if shard is not None:  # a pixel's target is on one rank
-            sums = shard.total(sums)
-        ppc, ppd = sums[0] * pixel_share, sums[1] * pixel_share
-        total = swept.ce.add(ppc, alpha=s.contrast_weight).add_(ppd, alpha=s.distance_weight)
+        near, (total, ce, ppc, ppd) = _given(batch, swept, target)
         if swept.gradient is not None:
-            _targets_and_length(
-                swept.gradient,
-                batch,
-                raw,
-                target,
-                near,
-                s.contrast_weight * pixel_share,
-                s.distance_weight * pixel_share,
-            )
+            _targets_and_length(swept.gradient, batch, raw, target, near, s.contrast_weight, s.distance_weight)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in (batch.embedding, target, moving, swept.errors) if t is not None))
         ctx.save_for_backward(
@@ -354,7 +354,7 @@ class OnePass(torch.autograd.Function):
         )  # fmt: skip
         ctx.settings, ctx.shard = settings, shard
         ctx.made = swept if any(ctx.needs_input_grad) else None  # given away by the first backward
-        return total, swept.ce, ppc, ppd, batch.embedding, target, moving, swept.errors
+        return total, ce, ppc, ppd, batch.embedding, target, moving, swept.errors
 
     @staticmethod
     @once_differentiable
@@ -391,9 +391,7 @@ class OnePass(torch.autograd.Function):
                 gradient=ctx.needs_input_grad[0], parameters=any(ctx.needs_input_grad[1:4]),
             )  # fmt: skip
             if swept.gradient is not None:
-                _targets_and_length(
-                    swept.gradient, batch, raw, target, near, weights[1] * pixel_share, weights[2] * pixel_share
-                )
+                _targets_and_length(swept.gradient, batch, raw, target, near, *weights[1:])
             parameters = [swept.log_scale, swept.norm_weight, swept.norm_bias]
         wanted = [g if need else None for g, need in zip([swept.gradient, *parameters], ctx.needs_input_grad)]
         if wanted[1] is not None:
@@ -461,20 +459,44 @@ def _kernels(
 
         return gpu_similarity.Cosines(way, *known)
     if similarity_cpu.takes(batch.embedding, batch.prototypes):
-        return similarity_cpu.Cosines(*known, batch.shard, batch.negatives, s.negative_weight)
+        return similarity_cpu.Cosines(*known, batch.classes >= 0, batch.shard, batch.negatives, s.negative_weight)
     return None
 
 
-def _given(own: Tensor, log_sum: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(N,) cosine of each pixel with the prototype it was given, and (2,) sums over all pixels of Eq. (5) and (6)."""
-    if gpu.way(own.device, own.dtype) is not None:
+def _given(batch: Batch, swept: Swept, target: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(N,) cosine of each pixel with the prototype it was given; total, CE, PPC and PPD, () each."""
+    s = batch.settings
+    if gpu.way(target.device, swept.own.dtype) is not None:
         from protoseg.kernels.gpu import rows
 
-        return rows.given(own, log_sum, target, temperature)
-    labelled = target >= 0
-    near = own.gather(1, (target % own.shape[1])[:, None])[:, 0]
-    ppc = torch.where(labelled, log_sum - near / temperature, 0).sum()
-    return near, torch.stack([ppc, torch.where(labelled, (1 - near).square(), 0).sum()])
+        near, parts = rows.given(swept.own, swept.log_sum, target, s.temperature)
+        if batch.shard is None:
+            shares = (batch.label_share, batch.pixel_share)
+            return near, rows.totals(swept.ce, parts, *shares, s.contrast_weight, s.distance_weight)
+        sums = parts.sum(1)
+    else:
+        labelled = target >= 0
+        near = swept.own.gather(1, (target % swept.own.shape[1])[:, None])[:, 0]
+        ppc = torch.where(labelled, swept.log_sum - near / s.temperature, 0).sum()
+        sums = torch.stack([ppc, torch.where(labelled, (1 - near).square(), 0).sum()])
+    if batch.shard is not None:  # a pixel's target is on one rank
+        sums = batch.shard.total(sums)
+    ce = swept.ce.sum() * batch.label_share
+    ppc, ppd = sums[0] * batch.pixel_share, sums[1] * batch.pixel_share
+    return near, (ce.add(ppc, alpha=s.contrast_weight).add_(ppd, alpha=s.distance_weight), ce, ppc, ppd)
+
+
+def _factors(share: Tensor, weight: Tensor | float) -> tuple[Tensor, float]:
+    """Their product as a () tensor and a number: a weight that is one costs no operation."""
+    return (share, weight) if isinstance(weight, float) else (share * weight, 1.0)
+
+
+def _times(share: Tensor, factor: float) -> Tensor:
+    return share if factor == 1 else share * factor
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _own(table: Tensor, classes: Tensor) -> Tensor:
@@ -515,7 +537,7 @@ def _scores(batch: Batch, scale: Tensor, best: Tensor) -> Tensor:
 
 
 def _scores_backward(batch: Batch, scale: Tensor, best: Tensor, gradient: Tensor, swept: Swept) -> Tensor:
-    """The adjoint of `_scores`, (C, n), in place of what it is given; adds those of scale and LayerNorm to `swept`."""
+    """The adjoint of `_scores`, (C, n), in place of what it is given; adds that of the LayerNorm to `swept`."""
     if batch.settings.layer_norm is not None:
         rows, shape = (best * scale).T.contiguous(), best.shape[:1]
         weight, bias = _cast(batch.norm_weight, best), _cast(batch.norm_bias, best)
@@ -528,10 +550,7 @@ def _scores_backward(batch: Batch, scale: Tensor, best: Tensor, gradient: Tensor
         if swept.norm_weight is not None and swept.norm_bias is not None:
             swept.norm_weight += to_weight
             swept.norm_bias += to_bias
-    gradient = gradient.mul_(scale)
-    if swept.log_scale is not None:
-        swept.log_scale += torch.dot(gradient.flatten(), best.flatten())
-    return gradient
+    return gradient.mul_(scale)
 
 
 def _targets_and_length(
@@ -540,19 +559,22 @@ def _targets_and_length(
     raw: Tensor,
     target: Tensor,
     near: Tensor,
-    ppc_share: Tensor,
-    ppd_share: Tensor,
+    ppc_weight: Tensor | float,
+    ppd_weight: Tensor | float,
 ) -> None:
     """In place: add the pull of each pixel's own target, then go back through the unit length."""
-    flat, contrast_share = batch.prototypes.flatten(0, 1), ppc_share / batch.settings.temperature
-    known = (gradient, batch.embedding, raw, flat, target, near, contrast_share, ppd_share)
+    known = (gradient, batch.embedding, raw, batch.prototypes.flatten(0, 1), target, near)
+    contrast, factor = _factors(batch.pixel_share, ppc_weight)
+    shares = (contrast, factor / batch.settings.temperature), _factors(batch.pixel_share, ppd_weight)
     if gpu.way(raw.device, raw.dtype) is not None:
         from protoseg.kernels.gpu import rows
 
-        rows.finish(*known)
+        rows.finish(*known, *shares)
         return
+    contrast_share, ppd_share = (_times(*share) for share in shares)
+    flat = known[3]
     if similarity_cpu.takes(gradient, batch.embedding, flat):
-        similarity_cpu.finish(*known)
+        similarity_cpu.finish(*known, contrast_share, ppd_share)
         return
     pull = -contrast_share - 2 * ppd_share * (1 - near)  # N
     pull = torch.where(target >= 0, pull, 0)[:, None]

@@ -112,11 +112,17 @@ class Cosines:
         target: Tensor | None,
         temperature: float,
         siblings: bool,
+        valid: Tensor,
         shard: Shard | None,
         negatives: Tensor | None,
         negative_weight: float,
     ):
-        """The last three are those of `similarity.Batch` and `Settings`; the rest as in `gpu.similarity.Cosines`."""
+        """As in `gpu.similarity.Cosines`, and, as in `similarity.Batch` and `Settings`, the last three.
+
+        Args:
+            valid: (N,) which pixels have a class, on this rank or on another.
+        """
+        self.valid = valid
         self.embedding = embedding
         self.num_classes, self.num_prototypes, _ = prototypes.shape
         self.flat = prototypes.flatten(0, 1)
@@ -163,15 +169,19 @@ class Cosines:
             self.log_sum[part] = self.shard.log_sum_exp(self.log_sum[part])
         return best, [table, best]
 
-    def gradient(self, slope: Tensor, seen: list[Tensor], share: Tensor, start: int, end: int, out: Tensor) -> None:
+    def push(self, share: Tensor, factor: float) -> None:
+        """What the log-sum-exp's gradient is multiplied by: a () tensor and a number; 0 for void pixels."""
+        self.share = self.valid * (share * (factor / self.temperature))  # N
+
+    def gradient(self, slope: Tensor, seen: list[Tensor], start: int, end: int, out: Tensor) -> None:
         """The gradient of pixels [start, end) to the unit rows, but for the pull of their own prototypes.
 
         Args:
             slope: (C, n) gradient to what `nearest` gave. seen: from `nearest`; a table in it is overwritten.
-            share: (n,) what the log-sum-exp's gradient is multiplied by, over tau; 0 for pixels outside the mean.
             out: (n, D), filled.
         """
         part, (table, best, *drawn) = slice(start, end), seen
+        share = self.share[part]
         weights = table if table.is_contiguous() else self._room(table)
         classes, push = self.classes[part], torch.zeros_like(share) if drawn else share.contiguous()
         _call(

@@ -19,12 +19,11 @@ from protoseg.method.losses import (
     check_labels,
     draw_negatives,
     label_errors,
-    labelled_count,
-    labelled_mass,
+    label_mass,
     pixel_prototype_contrast,
     pixel_prototype_distance,
-    ranks_share,
     segmentation_cross_entropy,
+    shares,
     total_loss,
     weights_of_classes,
 )
@@ -285,10 +284,10 @@ class PrototypeHead(nn.Module):
         B, _, h, w = features.shape
         check_labels(labels, len(features), self.num_classes, self.ignore_index)
         raw, half = self._embed(features)  # N D
-        classes = self._classes(labels, (h, w))  # N
         with torch.autocast(features.device.type, enabled=False):
             if kernels.one_pass_applies() and self.distance == "cosine":
-                return self._losses_in_one_pass(raw, half, labels, classes, (B, h, w), gumbel)
+                return self._losses_in_one_pass(raw, half, labels, (B, h, w), gumbel)
+            classes = self._classes(labels, (h, w))  # N
             embedding = unit(raw)
             similarity = self._similarity(embedding)  # N CK
             scores = self.score(similarity)  # N C
@@ -329,7 +328,6 @@ class PrototypeHead(nn.Module):
         raw: Tensor,
         half: bool,
         labels: Tensor,
-        classes: Tensor,
         size: tuple[int, int, int],
         gumbel: Tensor | None,
     ) -> Losses:
@@ -348,8 +346,8 @@ class PrototypeHead(nn.Module):
             negative_weight=self.num_classes * self.num_prototypes / (self.contrast_negatives or 1),
             half=half,
         )
-        share = ranks_share(self._total)
-        mass = labelled_mass(labels, self.ignore_index, self.class_weights, raw.dtype, self._total)
+        classes, sums = self._labelled(labels, size[1:], raw.dtype)
+        label_share, pixel_share = shares(sums, self._total).unbind()
         batch = kernels.Batch(
             embedding=raw,
             prototypes=self.prototypes,
@@ -359,8 +357,8 @@ class PrototypeHead(nn.Module):
             labels=labels,
             classes=classes,
             class_weights=self.class_weights,
-            label_share=share / mass,
-            pixel_share=share / labelled_count(classes >= 0, raw.dtype, self._total),
+            label_share=label_share,
+            pixel_share=pixel_share,
             settings=settings,
             negatives=self._negatives(),
             shard=self._shard,
@@ -429,9 +427,23 @@ class PrototypeHead(nn.Module):
         used = (self.usage >= DEAD_SHARE / self.num_prototypes).float().mean()
         return {"pairwise_cosine": float(pairwise_cosine(self.prototypes.float()).mean()), "used": float(used)}
 
+    def _labelled(self, labels: Tensor, size: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`_classes`, and (2,) what this rank adds to the sums that the losses are divided by (`losses.shares`)."""
+        known = (self.ignore_index, self.class_weights, dtype)
+        if kernels.labelled_applies(labels, dtype):
+            return kernels.labelled(self._sampled(labels, size), labels, self.num_classes, *known)
+        classes = self._classes(labels, size)
+        return classes, torch.stack([label_mass(labels, *known), (classes >= 0).sum(dtype=dtype)])
+
+    def _sampled(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, H, W) labels -> (N,) at feature size. float64 holds any label exactly."""
+        if labels.shape[1:] == size:
+            return labels.flatten()
+        return F.interpolate(labels[:, None].double(), size=size, mode=self.label_sampling).flatten()
+
     def _classes(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, H, W) labels -> (N,) class at feature size, -1 where void. float64 holds any label exactly."""
-        small = F.interpolate(labels[:, None].double(), size=size, mode=self.label_sampling).long().flatten()
+        """(B, H, W) labels -> (N,) class at feature size, -1 where void."""
+        small = self._sampled(labels, size).long()
         valid = (small >= 0) & (small < self.num_classes)
         if 0 <= self.ignore_index < self.num_classes:
             valid &= small != self.ignore_index
@@ -464,9 +476,8 @@ class PrototypeHead(nn.Module):
         else:
             index = self.assign(own, classes, C, small_classes=self.small_classes, **sinkhorn, **reduction)
             drawn = index
-        void = classes < 0
-        given = torch.add(index, classes, alpha=K).masked_fill_(void, -1)
-        moving = given if drawn is index else torch.add(drawn, classes, alpha=K).masked_fill_(void, -1)
+        given = torch.add(index, classes, alpha=K).clamp_(min=-1)  # of void, -1, it lies in [-K, -1]
+        moving = given if drawn is index else torch.add(drawn, classes, alpha=K).clamp_(min=-1)
         if self.update_from == "correct" and predicted is not None:
             moving = moving.masked_fill(predicted != classes, -1)
         return given, moving

@@ -96,16 +96,27 @@ def labelled_count(labelled: Tensor, dtype: torch.dtype, total: Reduction = rank
     return total(labelled.sum(dtype=dtype)).clamp(min=1)
 
 
+def label_mass(labels: Tensor, ignore_index: int, class_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sum of the class weights of the labelled pixels of this rank, their number without weights. ()."""
+    labelled = labels != ignore_index
+    if class_weights is None:
+        return labelled.sum(dtype=dtype)
+    return (labelled.to(dtype) * class_weights.to(dtype)[torch.where(labelled, labels, 0)]).sum()
+
+
 def labelled_mass(
     labels: Tensor, ignore_index: int, class_weights: Tensor | None, dtype: torch.dtype, total: Reduction = ranks.total
 ) -> Tensor:
-    """Sum over all ranks of the class weights of the labelled pixels, their number without weights; 1 for none. ()."""
-    labelled = labels != ignore_index
-    if class_weights is None:
-        return labelled_count(labelled, dtype, total)
-    mass = labelled.to(dtype) * class_weights.to(dtype)[torch.where(labelled, labels, 0)]
-    mass = total(mass.sum())
+    """`label_mass` over all ranks; 1 for none."""
+    mass = total(label_mass(labels, ignore_index, class_weights, dtype))
     return torch.where(mass > 0, mass, 1)
+
+
+def shares(sums: Tensor, total: Reduction = ranks.total) -> Tensor:
+    """What makes means of sums over pixels: the inverse of `sums` over all ranks, 1 where that is 0, times
+    `ranks_share`; in one message for all of them."""
+    inverse = total(sums).reciprocal().nan_to_num_(posinf=1.0)
+    return inverse if ranks_share(total) == 1 else inverse * ranks_share(total)
 
 
 def mean_over_labelled(values: Tensor, labelled: Tensor, total: Reduction = ranks.total) -> Tensor:

@@ -104,13 +104,12 @@ class ShardedPrototypeHead(PrototypeHead):
         h, w = features.shape[2:]
         images = self._images(features, labels)
         pixels = [n * h * w for n in images]
-        classes = ranks.gathered(self._classes(labels, (h, w)), pixels)
         embedded, half = self._embed(features)
         raw = ranks.gathered(embedded, pixels)
         noise = None if gumbel is None else ranks.gathered(gumbel, pixels)
         size = (sum(images), h, w)
         with torch.autocast(features.device.type, enabled=False):
-            found = self._losses_in_one_pass(raw, half, ranks.gathered(labels, images), classes, size, noise)
+            found = self._losses_in_one_pass(raw, half, ranks.gathered(labels, images), size, noise)
         assert found.assignment is not None
         given = torch.where(found.assignment < 0, -1, found.assignment + self.first * self.num_prototypes)
         mine = slice(sum(images[: ranks.rank()]), sum(images[: ranks.rank() + 1]))

@@ -3,7 +3,8 @@
 
 No logit of a label pixel is ever stored: one kernel mixes the scores of its four neighbours and keeps a log-sum-exp per
 label pixel, the next mixes them again. That one gathers: a program owns some feature pixels and visits the label pixels
-which take from them, so nothing is added atomically and the bits are the same every time.
+which take from them, so nothing is added atomically and the bits are the same every time. Where scores are cosines
+times a scale, that is multiplied in passing, both ways.
 
 A label row takes from feature rows i and i + 1 (the last one twice at the border); those with the same i are a run, for
 `low` never falls. Hence the label rows that take from feature row i are two runs, of i - 1 and of i. Columns alike."""
@@ -46,11 +47,22 @@ def _weight_of(class_weights, label, labelled, C, WEIGHTED: tl.constexpr, ACC: t
 
 
 @triton.jit
+def _unit(scale, SCALED: tl.constexpr, ACC: tl.constexpr):
+    """What brings a stored score to base 2, and to its scale."""
+    if SCALED:
+        return tl.load(scale).to(ACC) * LOG2E
+    else:
+        return tl.full((), LOG2E, ACC)
+
+
+@triton.jit
 def _same_size(
-    scores, stride, labels, class_weights, share, losses, n, C, ignore_index,
-    R: tl.constexpr, T: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr, PLACE: tl.constexpr,
+    scores, stride, labels, class_weights, scale, share, losses, slopes, n, C, ignore_index,
+    R: tl.constexpr, T: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr,
+    PLACE: tl.constexpr,
 ):  # fmt: skip
     """Program i: loss of pixels [i*R, i*R + R), whose scores are overwritten by the gradient."""
+    unit = _unit(scale, SCALED, ACC)
     pixel = tl.program_id(0) * R + tl.arange(0, R)
     inside = pixel < n
     label = tl.load(labels + pixel, mask=inside, other=ignore_index)
@@ -58,41 +70,52 @@ def _same_size(
     weight = _weight_of(class_weights, label, labelled, C, WEIGHTED, ACC)
     # A label that is no class gives a loss of nan: a kernel can raise no error, and this one is seen.
     known = labelled & (label >= 0) & (label < C)
-    own = tl.load(scores + label.to(PLACE) * stride + pixel, mask=known, other=float("nan")) * LOG2E
+    own = tl.load(scores + label.to(PLACE) * stride + pixel, mask=known, other=float("nan")) * unit
     top = tl.full((R,), LOWEST, ACC)
     mass = tl.zeros((R,), ACC)
     for c in range(0, C, T):
         cls = c + tl.arange(0, T)
         at = scores + cls.to(PLACE)[:, None] * stride + pixel[None]
-        z = tl.load(at, mask=(cls < C)[:, None] & inside[None], other=0.0) * LOG2E
+        z = tl.load(at, mask=(cls < C)[:, None] & inside[None], other=0.0) * unit
         top, mass = _log_sum(top, mass, tl.where((cls < C)[:, None], z, -float("inf")))
     log_sum = top + tl.log2(mass)
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(labelled, weight * (log_sum - own) * LN2, 0.0), 0))
     amount = weight * tl.load(share)
+    if SCALED:
+        amount *= tl.load(scale).to(ACC)
+    slope = tl.zeros((R,), ACC)
     tl.debug_barrier()  # every warp has read what the lines below overwrite
     for c in range(0, C, T):
         cls = c + tl.arange(0, T)
         at = scores + cls.to(PLACE)[:, None] * stride + pixel[None]
         held = (cls < C)[:, None] & inside[None]
-        p = tl.exp2(tl.load(at, mask=held, other=-float("inf")) * LOG2E - log_sum[None])
+        value = tl.load(at, mask=held, other=0.0)
+        p = tl.exp2(tl.where(held, value * unit - log_sum[None], -float("inf")))
         p = tl.where(cls[:, None] == label[None], p - 1, p)
-        tl.store(at, tl.where(labelled[None], amount[None] * p, 0.0), mask=held)
+        gradient = tl.where(held & labelled[None], amount[None] * p, 0.0)
+        tl.store(at, gradient, mask=held)
+        if SCALED:
+            slope += tl.sum(gradient * value, 0)
+    if SCALED:
+        tl.store(slopes + tl.program_id(0), tl.sum(slope, 0))
 
 
 @triton.jit
-def _mixed(upper, lower, place, down):
-    """Between two rows of scores, at the same places: `down` of the way to the lower one; base 2."""
+def _mixed(upper, lower, place, down, unit):
+    """Between two rows of scores, at the same places: `down` of the way to the lower one, in units of `_unit`."""
     value = tl.load(upper + place)
-    return (value + down * (tl.load(lower + place) - value)) * LOG2E
+    return (value + down * (tl.load(lower + place) - value)) * unit
 
 
 @triton.jit
 def _label_log_sums(
-    scores, stride, labels, class_weights, low_y, share_y, low_x, share_x, log_sums, losses,
+    scores, stride, labels, class_weights, scale, low_y, share_y, low_x, share_x, log_sums, losses,
     C, h, w, H, W, blocks, ignore_index,
-    R: tl.constexpr, T: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr, PLACE: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr,
+    PLACE: tl.constexpr,
 ):  # fmt: skip
     """Program i: R label pixels of one label row, i = row * blocks + block, rows counted through all images."""
+    unit = _unit(scale, SCALED, ACC)
     row = tl.program_id(0) // blocks
     x = (tl.program_id(0) % blocks) * R + tl.arange(0, R)
     inside = x < W
@@ -110,8 +133,8 @@ def _label_log_sums(
     for c in range(0, C, T):
         cls = c + tl.arange(0, T)
         place = tl.minimum(cls, C - 1).to(PLACE)[:, None] * stride
-        z = _mixed(upper, lower, place + left[None], down)
-        z += along[None] * (_mixed(upper, lower, place + right[None], down) - z)
+        z = _mixed(upper, lower, place + left[None], down, unit)
+        z += along[None] * (_mixed(upper, lower, place + right[None], down, unit) - z)
         top, mass = _log_sum(top, mass, tl.where((cls < C)[:, None], z, -float("inf")))
     log_sum = top + tl.log2(mass)
     at = row.to(tl.int64) * W + x
@@ -120,8 +143,8 @@ def _label_log_sums(
     labelled = inside & (label != ignore_index)
     known = labelled & (label >= 0) & (label < C)
     place = tl.where(known, label, 0).to(PLACE) * stride
-    own = _mixed(upper, lower, place + left, down)
-    own += along * (_mixed(upper, lower, place + right, down) - own)
+    own = _mixed(upper, lower, place + left, down, unit)
+    own += along * (_mixed(upper, lower, place + right, down, unit) - own)
     own = tl.where(known, own, float("nan"))  # as in `_same_size`
     weight = _weight_of(class_weights, label, labelled, C, WEIGHTED, ACC)
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(labelled, weight * (log_sum - own) * LN2, 0.0), 0))
@@ -156,14 +179,16 @@ def _add_column(
 
 @triton.jit
 def _label_gradient(
-    scores, stride, labels, class_weights, start_y, share_y, start_x, share_x, log_sums, share, out, out_stride,
-    C, h, w, H, W, blocks, splits, ignore_index,
-    R: tl.constexpr, T: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr, PLACE: tl.constexpr,
+    scores, stride, labels, class_weights, scale, start_y, share_y, start_x, share_x, log_sums, share, out, out_stride,
+    slopes, C, h, w, H, W, blocks, splits, ignore_index,
+    R: tl.constexpr, T: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr,
+    PLACE: tl.constexpr,
 ):  # fmt: skip
     """Program i: R feature pixels of one feature row by T classes, i = (row * blocks + block) * splits + classes.
 
     Neighbouring programs take other classes of the same pixels, so that they find labels and log-sum-exps in the cache.
     """
+    unit = _unit(scale, SCALED, ACC)
     cls = (tl.program_id(0) % splits) * T + tl.arange(0, T)
     block = tl.program_id(0) // splits
     j = (block % blocks) * R + tl.arange(0, R)
@@ -189,9 +214,9 @@ def _label_gradient(
         height = tl.where(y < middle_y, down, tl.where(i == h - 1, 1.0, 1 - down))
         upper = scores + (image.to(tl.int64) * h + top) * w
         lower = scores + (image.to(tl.int64) * h + tl.minimum(top + 1, h - 1)) * w
-        left = _mixed(upper, lower, at_left, down)
-        middle = _mixed(upper, lower, place + column, down)
-        right = _mixed(upper, lower, at_right, down)
+        left = _mixed(upper, lower, at_left, down, unit)
+        middle = _mixed(upper, lower, place + column, down, unit)
+        right = _mixed(upper, lower, at_right, down, unit)
         line = (image.to(tl.int64) * H + y) * W
         for q in range(0, before):
             acc = _add_column(
@@ -203,8 +228,13 @@ def _label_gradient(
                 acc, cls, middle, right - middle, middle_x + q, end_x, share_x, labels + line, log_sums + line,
                 class_weights, height, C, ignore_index, True, WEIGHTED, ACC, j == w - 1,
             )  # fmt: skip
-    at = out + cls.to(PLACE)[:, None] * out_stride + row.to(tl.int64) * w + column
-    tl.store(at, acc * tl.load(share), mask=(cls < C)[:, None] & inside[None])
+    held = (cls < C)[:, None] & inside[None]
+    acc *= tl.load(share)
+    if SCALED:
+        acc *= tl.load(scale).to(ACC)
+        value = tl.load(scores + place + row.to(tl.int64) * w + column)
+        tl.store(slopes + tl.program_id(0), tl.sum(tl.sum(tl.where(held, acc * value, 0.0), 0), 0))
+    tl.store(out + cls.to(PLACE)[:, None] * out_stride + row.to(tl.int64) * w + column, acc, mask=held)
 
 
 @lru_cache(maxsize=64)
@@ -223,7 +253,7 @@ def _resize(
 
 
 def _constants(
-    scores: Tensor, class_weights: Tensor | None, pixels: int, classes: int, width: int
+    scores: Tensor, class_weights: Tensor | None, scale: Tensor | None, pixels: int, classes: int, width: int
 ) -> dict[str, object]:
     """What a kernel is compiled for, given (C, n) scores and the largest tile wanted."""
     R = min(pixels, max(16, triton.next_power_of_2(width)))
@@ -231,6 +261,7 @@ def _constants(
         "R": R,
         "T": min(classes, triton.next_power_of_2(len(scores))),
         "WEIGHTED": class_weights is not None,
+        "SCALED": scale is not None,
         "ACC": tl.float64 if scores.dtype == torch.float64 else tl.float32,
         "PLACE": tl.int32 if len(scores) * scores.stride(0) < 2**31 else tl.int64,  # half the registers of addresses
         "num_warps": max(1, R // 32),
@@ -239,28 +270,36 @@ def _constants(
 
 
 def cross_entropy_(
-    scores: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None, share: Tensor
-) -> Tensor:
+    scores: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    class_weights: Tensor | None,
+    share: Tensor,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """`upsampling.cross_entropy_` in one launch: (C, n) scores are overwritten by `share` times the gradient.
 
     Args:
         scores: (C, n) with the pixels side by side in memory.
         labels: (n,) in [0, C) or `ignore_index`; any other makes the loss nan.
-        class_weights: (C,) or None. share: () factor of the gradient alone.
+        class_weights: (C,) or None. share: () factor of the gradients alone.
+        scale: () what `scores` must be multiplied by to be scores. None: nothing.
 
     Returns:
-        () sum over the labelled pixels.
+        Parts of two sums: of the loss over the labelled pixels, and of `share` times its gradient to log `scale`
+        (none without a scale).
     """
     C, n = scores.shape
-    constants = _constants(scores, class_weights, PIXELS, CLASSES, n)
-    losses = scores.new_empty(triton.cdiv(n, constants["R"]))
+    constants = _constants(scores, class_weights, scale, PIXELS, CLASSES, n)
+    programs = triton.cdiv(n, constants["R"])
+    losses, slopes = scores.new_empty(programs), scores.new_empty(0 if scale is None else programs)
     if n:
         with launching_on(scores):
-            _same_size[(len(losses),)](
+            _same_size[(programs,)](
                 scores, scores.stride(0), labels.contiguous(), scores if class_weights is None else class_weights,
-                share, losses, n, C, ignore_index, **constants,
+                scores if scale is None else scale, share, losses, slopes, n, C, ignore_index, **constants,
             )  # fmt: skip
-    return losses.sum()
+    return losses, slopes
 
 
 def label_cross_entropy(
@@ -271,24 +310,26 @@ def label_cross_entropy(
     ignore_index: int,
     class_weights: Tensor | None,
     share: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of scores resized bilinearly to the labels' size, in two launches and a sum.
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of scores resized bilinearly to the labels' size, in two launches.
 
     Args:
         scores: (C, G*h*w) of G whole images, the pixels side by side in memory. size: (h, w).
         labels: (G, H, W) in [0, C) or `ignore_index`; any other makes the loss nan.
-        class_weights: (C,) or None. share: () factor of the gradient alone.
+        class_weights, share, scale: as in `cross_entropy_`.
 
     Returns:
-        () sum over the labelled pixels, and (C, G*h*w) `share` times the gradient.
+        What `cross_entropy_` returns, and (C, G*h*w) `share` times the gradient.
     """
     C = len(scores)
     (G, H, W), (h, w) = labels.shape, size
     kind = (align_corners, scores.dtype, scores.device)
     low_y, share_y, start_y = _resize(h, H, *kind)
     low_x, share_x, start_x = _resize(w, W, *kind)
-    given = (scores, scores.stride(0), labels.contiguous(), scores if class_weights is None else class_weights)
-    constants = _constants(scores, class_weights, COLUMNS, DEEP, W)
+    weights = scores if class_weights is None else class_weights
+    given = (scores, scores.stride(0), labels.contiguous(), weights, scores if scale is None else scale)
+    constants = _constants(scores, class_weights, scale, COLUMNS, DEEP, W)
     blocks = triton.cdiv(W, constants["R"])
     losses = scores.new_empty(G * H * blocks)
     log_sums = scores.new_empty(labels.shape)
@@ -297,10 +338,12 @@ def label_cross_entropy(
         _label_log_sums[(len(losses),)](
             *given, low_y, share_y, low_x, share_x, log_sums, losses, C, h, w, H, W, blocks, ignore_index, **constants
         )
-        constants = _constants(scores, class_weights, GATHERED, HELD, w)
+        constants = _constants(scores, class_weights, scale, GATHERED, HELD, w)
         blocks, splits = triton.cdiv(w, constants["R"]), triton.cdiv(C, constants["T"])
-        _label_gradient[(G * h * blocks * splits,)](
-            *given, start_y, share_y, start_x, share_x, log_sums, share, gradient, gradient.stride(0),
+        programs = G * h * blocks * splits
+        slopes = scores.new_empty(0 if scale is None else programs)
+        _label_gradient[(programs,)](
+            *given, start_y, share_y, start_x, share_x, log_sums, share, gradient, gradient.stride(0), slopes,
             C, h, w, H, W, blocks, splits, ignore_index, **constants,
         )  # fmt: skip
-    return losses.sum(), gradient
+    return losses, slopes, gradient

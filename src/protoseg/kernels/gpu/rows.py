@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Unit length of the rows of an N x D embedding, and its adjoint together with the targets' pull; Eq. (5) and (6) of
-what each pixel was given."""
+what each pixel was given, and Eq. (7)."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +13,7 @@ from protoseg.kernels.gpu import launching_on
 
 TILE = 2048  # numbers of a program
 PIXELS = 512  # of a program of `_given`
+PARTS = 2048  # of a sum that `_totals` takes at once
 SHORTEST = tl.constexpr(1e-12)  # length; given a type by `tl.full`, or older versions of Triton take it in fp32
 
 
@@ -35,7 +37,8 @@ def _unit(
 @triton.jit
 def _finish(
     gradient, unit_rows, raw, prototypes, target, near, contrast, distance,
-    n, stride_n, stride_d, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+    n, stride_n, stride_d, CONTRAST: tl.constexpr, DISTANCE: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Program i finishes rows [i*R, i*R + R) of the gradient, in place."""
     row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
@@ -45,7 +48,8 @@ def _finish(
     at = row[:, None] * D + d[None]
     given = tl.load(target + row, mask=held, other=-1)
     cosine = tl.load(near + row, mask=held, other=0.0)
-    pull = tl.where(given >= 0, -tl.load(contrast) - 2 * tl.load(distance) * (1 - cosine), 0.0)
+    nearer = tl.load(contrast) * CONTRAST + tl.load(distance) * (2 * DISTANCE) * (1 - cosine)
+    pull = tl.where(given >= 0, -nearer, 0.0)
     own = tl.load(prototypes + tl.maximum(given, 0)[:, None] * D + d[None], mask=inside, other=0.0)
     g = tl.load(gradient + at, mask=inside, other=0.0) + own * pull[:, None]
     x = tl.load(unit_rows + at, mask=inside, other=0.0)
@@ -71,6 +75,31 @@ def _given(
     pushed = tl.load(log_sum + row, mask=known, other=0.0)
     tl.store(contrast + tl.program_id(0), tl.sum(tl.where(known, pushed - cosine * SCALE, 0.0), 0))
     tl.store(distance + tl.program_id(0), tl.sum(tl.where(known, (1 - cosine) * (1 - cosine), 0.0), 0))
+
+
+@triton.jit
+def _summed(parts, count, R: tl.constexpr, ACC: tl.constexpr):
+    """() sum of some numbers, R at a time."""
+    sums = tl.zeros((R,), ACC)
+    for start in range(0, count, R):
+        place = start + tl.arange(0, R)
+        sums += tl.load(parts + place, mask=place < count, other=0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _totals(
+    label_parts, labels, pixel_parts, pixels, label_share, pixel_share, total, ce, ppc, ppd,
+    CONTRAST: tl.constexpr, DISTANCE: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The only program."""
+    entropy = tl.load(label_share) * _summed(label_parts, labels, R, ACC)
+    contrast = tl.load(pixel_share) * _summed(pixel_parts, pixels, R, ACC)
+    distance = tl.load(pixel_share) * _summed(pixel_parts + pixels, pixels, R, ACC)
+    tl.store(ce, entropy)
+    tl.store(ppc, contrast)
+    tl.store(ppd, distance)
+    tl.store(total, entropy + CONTRAST * contrast + DISTANCE * distance)
 
 
 def _shape(dim: int) -> tuple[int, int]:
@@ -103,8 +132,8 @@ def finish(
     prototypes: Tensor,
     target: Tensor,
     near: Tensor,
-    contrast: Tensor,
-    distance: Tensor,
+    contrast: tuple[Tensor, float],
+    distance: tuple[Tensor, float],
 ) -> None:
     """In place: add the pull of each pixel's own prototype, then go back through the unit length.
 
@@ -112,7 +141,8 @@ def finish(
         gradient: (N, D) to the unit rows, contiguous. unit_rows: (N, D) contiguous. raw: (N, D) before unit length.
         prototypes: (C*K, D) contiguous.
         target: (N,) in [0, C*K), or -1 for no pull. near: (N,) cosine with it.
-        contrast: () the share of Eq. (5) over its temperature. distance: () the share of Eq. (6).
+        contrast: factors of the share of Eq. (5) over its temperature, () and a number the kernel is compiled for.
+        distance: the same of the share of Eq. (6).
     """
     n, dim = raw.shape
     rows, wide = _shape(dim)
@@ -120,8 +150,8 @@ def finish(
         grid = (triton.cdiv(n, rows),)
         with launching_on(raw):
             _finish[grid](
-                gradient, unit_rows, raw, prototypes, target, near, contrast, distance,
-                n, *raw.stride(), dim, rows, wide, enable_fp_fusion=True,
+                gradient, unit_rows, raw, prototypes, target, near, contrast[0], distance[0],
+                n, *raw.stride(), contrast[1], distance[1], dim, rows, wide, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -133,7 +163,7 @@ def given(own: Tensor, log_sum: Tensor, target: Tensor, temperature: float) -> t
         target: (N,) in [0, C*K), or -1 for none.
 
     Returns:
-        (N,) cosines, 0 where nothing was given, and (2,) sums over all pixels of Eq. (5) and (6).
+        (N,) cosines, 0 where nothing was given, and (2, P) parts of the sums over all pixels of Eq. (5) and (6).
     """
     n, K = own.shape
     programs = triton.cdiv(n, PIXELS)
@@ -144,4 +174,29 @@ def given(own: Tensor, log_sum: Tensor, target: Tensor, temperature: float) -> t
                 own, *own.stride(), log_sum, target, near, parts[0], parts[1], n, 1 / temperature, K, PIXELS,
                 enable_fp_fusion=True,
             )  # fmt: skip
-    return near, parts.sum(1)
+    return near, parts
+
+
+def totals(
+    label_parts: Tensor,
+    pixel_parts: Tensor,
+    label_share: Tensor,
+    pixel_share: Tensor,
+    contrast_weight: float,
+    distance_weight: float,
+) -> tuple[Tensor, ...]:
+    """Eq. (7) from parts of its sums: total, cross-entropy, contrast and distance, () each.
+
+    Args:
+        label_parts: (P,) of the cross-entropy. pixel_parts: (2, Q) contiguous, of `given`.
+        label_share, pixel_share: () what makes their sums means.
+        contrast_weight, distance_weight: lambda1, lambda2.
+    """
+    made = tuple(pixel_parts.new_empty(()) for _ in range(4))
+    kind = tl.float64 if pixel_parts.dtype == torch.float64 else tl.float32
+    with launching_on(pixel_parts):
+        _totals[(1,)](
+            label_parts, len(label_parts), pixel_parts, pixel_parts.shape[1], label_share, pixel_share, *made,
+            contrast_weight, distance_weight, PARTS, kind, num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+    return made

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -55,9 +56,15 @@ class Segments:
 def grouped(index: Tensor, count: int) -> Segments:
     """Segments of the (N,) index in [0, count), -1 for none."""
     narrow = torch.int16 if count < torch.iinfo(torch.int16).max else torch.int32  # a sort looks at 8 bits at a time
-    keys, order = torch.sort(index.remainder(count + 1).to(narrow), stable=True)
-    edges = torch.arange(count + 1, dtype=narrow, device=index.device)
-    return Segments(order, keys, torch.searchsorted(keys, edges))
+    keys = torch.remainder(index, count + 1, out=torch.empty_like(index, dtype=narrow))
+    keys, order = torch.sort(keys, stable=True)
+    return Segments(order, keys, torch.searchsorted(keys, _edges(count + 1, narrow, index.device)))
+
+
+@lru_cache(maxsize=16)
+def _edges(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0, 1, ... count - 1; made once, for a step costs no launch."""
+    return torch.arange(count, dtype=dtype, device=device)
 
 
 @triton.jit

@@ -186,7 +186,7 @@ def _set_bits(word):
 @triton.jit
 def _weights(
     x, p, table, stride, slope, slope_stride, ties, ties_stride, log_sum, share, classes, target, out,
-    n, C, span, SCALE: tl.constexpr,
+    n, C, span, PUSH: tl.constexpr, SCALE: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
     STORED: tl.constexpr, SIBLINGS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, ACC: tl.constexpr,
@@ -200,9 +200,10 @@ def _weights(
     rows_in = row < n
     held_x = _kept(x, row, rows_in, D, BD, STORED)
     lse = tl.load(log_sum + row, mask=rows_in, other=0.0) * 1.4426950408889634
-    part = tl.load(share + row, mask=rows_in, other=0.0)
+    own_class = tl.load(classes + row, mask=rows_in, other=-1).to(tl.int32)
+    part = tl.where(own_class >= 0, tl.load(share) * PUSH, 0.0)
     if not SIBLINGS:
-        own_class = tl.maximum(tl.load(classes + row, mask=rows_in, other=0), 0).to(tl.int32)
+        own_class = tl.maximum(own_class, 0)
         given = tl.maximum(tl.load(target + row, mask=rows_in, other=0), 0).to(tl.int32)
     if not STORED:
         o = tl.program_id(2) * BO + tl.arange(0, BO)
@@ -352,17 +353,20 @@ class Cosines:
             run_nearest(self, start, end, table, best, ties, own=True, losses=losses)
         return best, [ties, table] if self.tabled else [ties]
 
-    def gradient(self, slope: Tensor, seen: list[Tensor], share: Tensor, start: int, end: int, out: Tensor) -> None:
+    def push(self, share: Tensor, factor: float) -> None:
+        """What the log-sum-exp's gradient is multiplied by: a () tensor and a number; 0 for void pixels."""
+        self.share, self.factor = share, factor
+
+    def gradient(self, slope: Tensor, seen: list[Tensor], start: int, end: int, out: Tensor) -> None:
         """The gradient of pixels [start, end) to the unit rows, but for the pull of their own prototypes.
 
         Args:
             slope: (C, n) gradient to what `nearest` gave. seen: from `nearest`; a table in it is overwritten.
-            share: (n,) what the log-sum-exp's gradient is multiplied by, over tau; 0 for pixels outside the mean.
             out: (n, D), filled.
         """
         if end == start:
             return
-        run_weights(self, slope, seen, share, start, end, out)
+        run_weights(self, slope, seen, start, end, out)
         if self.tabled:
             torch.mm(seen[1].T, self.flat, out=out)
 
@@ -405,9 +409,7 @@ def run_nearest(
             _merged[(triton.cdiv(n, MERGED),)](partial, cosines.log_sum[start:end], n, splits, R=MERGED, ACC=kind)
 
 
-def run_weights(
-    cosines: Cosines, slope: Tensor, seen: list[Tensor], share: Tensor, start: int, end: int, out: Tensor
-) -> None:
+def run_weights(cosines: Cosines, slope: Tensor, seen: list[Tensor], start: int, end: int, out: Tensor) -> None:
     """`Cosines.gradient` but for the product with the table."""
     n, C, D = end - start, cosines.num_classes, cosines.dim
     stored = cosines.tabled
@@ -419,8 +421,9 @@ def run_weights(
     with launching_on(out):
         _weights[strips, splits, parts](
             cosines.rows[start:], cosines.flat, table, table.stride(0), slope, slope.stride(0),
-            seen[0], seen[0].stride(0), cosines.log_sum[start:], share, cosines.classes[start:],
-            cosines.target[start:], target, n, C, span, BO=b.out, **_constants(cosines, b, slope.dtype),
+            seen[0], seen[0].stride(0), cosines.log_sum[start:], cosines.share, cosines.classes[start:],
+            cosines.target[start:], target, n, C, span, PUSH=cosines.factor / cosines.temperature, BO=b.out,
+            **_constants(cosines, b, slope.dtype),
         )  # fmt: skip
     if not stored and splits > 1:
         torch.sum(target, 0, out=out)
