@@ -256,6 +256,7 @@ def sweep(
                 loss = upsampling.cross_entropy_(scores, flat_labels, *asked, shard)[None]
             losses.append(loss)
             finish(seen, best, scores, start, end)
+            del seen, best, scores  # or the next band's table would come beside this one's
             continue
         if whole:
             loss, slope, scores_gradient = fused_cross_entropy.label_cross_entropy(
@@ -264,6 +265,7 @@ def sweep(
             losses.append(loss)
             slopes.append(slope)
             finish(seen, best, scores_gradient, start, end)
+            del seen, best, scores, scores_gradient
             continue
         if rows.start == 0:
             carried, done = None, 0
