@@ -6,8 +6,9 @@
 CamVid from the folder in PROTOSEG_CAMVID, else generated scenes of its size. One thread and no loader processes unless
 `--workers` says so. Contestants take turns batch by batch in one process; medians, and ratios of the same rounds; CPU
 time on a CPU, where other work on the machine then counts little, wall time up to the end of the GPU's work on a GPU.
-`--steps` trains for real (`protoseg train`: Lightning, prototypes, reports) and takes the time of the second half of
-the steps from `metrics.csv`, once for each way of loading.
+`--steps` trains for real (`protoseg train`: Lightning, prototypes, reports) and takes the median time of the second
+half of the steps from `metrics.csv`, once for each way of loading; every report is printed, so that a run which is cut
+off has said how far it was. `--profile` trains a second time and lists what took longest.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def rates(streams: dict[str, Batches], batch: int, rounds: int, each: int, devic
 def trained(data: Data, arguments: argparse.Namespace) -> dict[str, float]:
     """ms_per_step, data_ms and images a second of the later half of a short real run."""
     with tempfile.TemporaryDirectory() as folder:
+        every = max(1, arguments.steps // 20)
         recipe = Recipe(
             data=data,
             model=Model(network="tiny"),
@@ -108,7 +110,7 @@ def trained(data: Data, arguments: argparse.Namespace) -> dict[str, float]:
             batch_size=arguments.batch,
             val_every=0,
             checkpoint_every=0,
-            log_every=arguments.steps // 2,
+            log_every=every,
             accelerator="gpu" if arguments.device == "cuda" else "cpu",
             precision=arguments.precision,
             compile=arguments.compile,
@@ -116,15 +118,26 @@ def trained(data: Data, arguments: argparse.Namespace) -> dict[str, float]:
             out=str(Path(folder, "run")),
         )
         # no validation: an empty name of the split says so
-        run = train(replace(recipe, data=replace(data, val_split="")))
+        recipe = replace(recipe, data=replace(data, val_split=""))
+        run = train(recipe)
         with open(run / "metrics.csv", newline="") as file:
-            last = list(csv.DictReader(file))[-1]
-    step = float(last["ms_per_step"])
-    return {
-        "ms_per_step": step,
-        "data_ms": float(last["data_ms"]),
-        "images_per_second": 1000 * arguments.batch / step,
-    }
+            rows = list(csv.DictReader(file))
+        if arguments.profile:
+            profiled(replace(recipe, out=str(Path(folder, "again"))))
+    later = [row for row in rows if int(row["step"]) > arguments.steps // 2]
+    step, waiting = (statistics.median(float(row[name]) for row in later) for name in ("ms_per_step", "data_ms"))
+    return {"ms_per_step": step, "data_ms": waiting, "images_per_second": 1000 * arguments.batch / step}
+
+
+def profiled(recipe: Recipe) -> None:
+    """Train, and print what took longest: on a GPU its kernels, and everywhere what the processor did."""
+    activities = {torch.profiler.ProfilerActivity.CPU}
+    if torch.cuda.is_available():
+        activities.add(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        train(recipe)
+    for column in ("self_cuda_time_total", "self_cpu_time_total")[len(activities) == 1 :]:
+        print(profile.key_averages().table(sort_by=column, row_limit=30, max_name_column_width=60))
 
 
 def main() -> None:
@@ -142,6 +155,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fast", action="store_true", help="without deterministic algorithms")
+    parser.add_argument("--profile", action="store_true", help="with --steps")
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

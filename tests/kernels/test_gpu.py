@@ -3,10 +3,12 @@
 import pytest
 import torch
 from benchmarks.head import replayed
+from torch.testing import assert_close
 
 from heads import batch
 from protoseg.kernels import gpu
 from protoseg.method.head import PrototypeHead
+from protoseg.method.resizing import bilinear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 WAYS = ["off", "mm", "ieee", "tf32", "bf16"]
@@ -74,6 +76,22 @@ def test_tensors_of_another_device_than_the_current_one(monkeypatch):
     head, features, labels = problem(19, 10, 64, (1, 16, 16))
     there = step(head.to("cuda:1"), features.to("cuda:1"), labels.to("cuda:1"))
     assert torch.equal(here.cpu(), there.cpu())
+
+
+def test_a_resize_among_deterministic_algorithms_has_one_order_and_pytorchs_gradient():
+    x = torch.randn(4, 64, 30, 40, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.randn(4, 64, 120, 160, device="cuda").to(memory_format=torch.channels_last)
+    free = bilinear(x, (120, 160))
+    (expected,) = torch.autograd.grad(free, x, weights)
+    torch.use_deterministic_algorithms(True)  # an operation without an order would be an error
+    try:
+        ordered = bilinear(x, (120, 160))
+        gradients = [torch.autograd.grad(ordered, x, weights, retain_graph=True)[0] for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(ordered, free)
+    assert_close(gradients[0], expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 @pytest.mark.parametrize("label_size", [None, (128, 128)])

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from protoseg.kernels import resizing
 from protoseg.method.resizing import bilinear, bilinear_adjoint
+from triton_device import DEVICE
 
 SIZES = [
     ((4, 5), (8, 10)),
@@ -22,8 +23,8 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 def both(small, large, layout, dtype, align_corners):
     """(result, gradient) of PyTorch's resize and of ours."""
     torch.manual_seed(0)
-    x = torch.randn(2, 3, *small, dtype=dtype).to(memory_format=layout).requires_grad_()
-    gradient = torch.randn(2, 3, *large, dtype=dtype).to(memory_format=layout)
+    x = torch.randn(2, 3, *small, dtype=dtype, device=DEVICE).to(memory_format=layout).requires_grad_()
+    gradient = torch.randn(2, 3, *large, dtype=dtype, device=DEVICE).to(memory_format=layout)
     for made in (
         F.interpolate(x, large, mode="bilinear", align_corners=align_corners),
         resizing.bilinear(x, large, align_corners),
