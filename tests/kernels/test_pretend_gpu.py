@@ -89,7 +89,7 @@ def launches(monkeypatch):
 
 def forget():
     """No tensor that pretends is left for those that do not, or for another that does."""
-    for cache in (cross_entropy._resize, segments._edges):
+    for cache in (cross_entropy._resize, gpu.constant, segments._edges):
         cache.cache_clear()
 
 

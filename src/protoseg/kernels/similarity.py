@@ -100,7 +100,7 @@ class Batch:
 class Swept:
     """What one sweep gives. `gradient` (N, D) lacks the targets' term; the last four are None unless asked for."""
 
-    ce: Tensor  # (P,) parts of the sum over labels
+    ce: list[Tensor]  # parts of the sum over labels, as vectors
     log_sum: Tensor  # (N,) log-sum-exp of cosine / tau; without siblings over what Eq. (5) then leaves
     own: Tensor  # (N, K)
     predicted: Tensor | None  # (N,)
@@ -171,16 +171,16 @@ def sweep(
         ppc_share, valid = _times(ppc_share, ppc_factor / s.temperature), batch.classes >= 0
     else:
         kernels.push(ppc_share, ppc_factor)
-    losses: list[Tensor] = []  # parts of each band's cross-entropy
+    losses: list[Tensor] = []  # parts of the cross-entropy, a vector of each band
     slopes: list[Tensor] = []  # the same of its gradient to the log of the scale
 
     swept = Swept(
-        ce=scale,  # as `log_scale`, filled in the end
+        ce=losses,
         log_sum=new(N) if kernels is None else kernels.log_sum,
         own=new(K, N) if kernels is None else kernels.own,  # turned in the end
         predicted=batch.classes.new_empty(N) if s.predict else None,
         gradient=new(N, D) if gradient else None,
-        log_scale=None,
+        log_scale=None,  # made in the end
         norm_weight=new(C).zero_() if parameters and s.layer_norm is not None else None,
         norm_bias=new(C).zero_() if parameters and s.layer_norm is not None else None,
         errors=new(C, N) if errors else None,  # turned in the end, as `own`
@@ -294,7 +294,6 @@ def sweep(
             scores_gradient = scores_gradient[:, w:]
         if end > start:
             finish(seen, best, scores_gradient, start, end)
-    swept.ce = _joined(losses) if losses else new(0)
     if parameters:
         swept.log_scale = _joined(slopes).sum() if slopes else torch.zeros_like(scale)
     swept.own = swept.own.T
@@ -468,13 +467,14 @@ def _kernels(
 def _given(batch: Batch, swept: Swept, target: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(N,) cosine of each pixel with the prototype it was given; total, CE, PPC and PPD, () each."""
     s = batch.settings
+    entropy = _joined(swept.ce) if swept.ce else swept.log_sum[:0]
     if gpu.way(target.device, swept.own.dtype) is not None:
         from protoseg.kernels.gpu import rows
 
         near, parts = rows.given(swept.own, swept.log_sum, target, s.temperature)
         if batch.shard is None:
             shares = (batch.label_share, batch.pixel_share)
-            return near, rows.totals(swept.ce, parts, *shares, s.contrast_weight, s.distance_weight)
+            return near, rows.totals(entropy, parts, *shares, s.contrast_weight, s.distance_weight)
         sums = parts.sum(1)
     else:
         labelled = target >= 0
@@ -483,7 +483,7 @@ def _given(batch: Batch, swept: Swept, target: Tensor) -> tuple[Tensor, tuple[Te
         sums = torch.stack([ppc, torch.where(labelled, (1 - near).square(), 0).sum()])
     if batch.shard is not None:  # a pixel's target is on one rank
         sums = batch.shard.total(sums)
-    ce = swept.ce.sum() * batch.label_share
+    ce = entropy.sum() * batch.label_share
     ppc, ppd = sums[0] * batch.pixel_share, sums[1] * batch.pixel_share
     return near, (ce.add(ppc, alpha=s.contrast_weight).add_(ppd, alpha=s.distance_weight), ce, ppc, ppd)
 

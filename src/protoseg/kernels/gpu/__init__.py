@@ -28,7 +28,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -84,6 +84,13 @@ def at_hand(device: torch.device) -> bool:
         log.info("no Triton kernels: %s: %s", type(reason).__name__, reason)
         return False
     return True
+
+
+@lru_cache(maxsize=256)
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a () tensor, for kernels: as an argument it would be cut to fp32, and as a constant that they are
+    compiled for, a weight which changes from step to step would compile them anew each time."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoseg.kernels.gpu import launching_on
+from protoseg.kernels.gpu import constant, launching_on
 
 TILE = 2048  # numbers of a program
 PIXELS = 512  # of a program of `_given`
@@ -36,9 +36,8 @@ def _unit(
 
 @triton.jit
 def _finish(
-    gradient, unit_rows, raw, prototypes, target, near, contrast, distance,
-    n, stride_n, stride_d, CONTRAST: tl.constexpr, DISTANCE: tl.constexpr,
-    D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+    gradient, unit_rows, raw, prototypes, target, near, contrast, contrast_weight, distance, distance_weight,
+    n, stride_n, stride_d, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Program i finishes rows [i*R, i*R + R) of the gradient, in place."""
     row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
@@ -48,7 +47,8 @@ def _finish(
     at = row[:, None] * D + d[None]
     given = tl.load(target + row, mask=held, other=-1)
     cosine = tl.load(near + row, mask=held, other=0.0)
-    nearer = tl.load(contrast) * CONTRAST + tl.load(distance) * (2 * DISTANCE) * (1 - cosine)
+    nearer = tl.load(contrast) * tl.load(contrast_weight)
+    nearer += 2 * tl.load(distance) * tl.load(distance_weight) * (1 - cosine)
     pull = tl.where(given >= 0, -nearer, 0.0)
     own = tl.load(prototypes + tl.maximum(given, 0)[:, None] * D + d[None], mask=inside, other=0.0)
     g = tl.load(gradient + at, mask=inside, other=0.0) + own * pull[:, None]
@@ -89,8 +89,8 @@ def _summed(parts, count, R: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _totals(
-    label_parts, labels, pixel_parts, pixels, label_share, pixel_share, total, ce, ppc, ppd,
-    CONTRAST: tl.constexpr, DISTANCE: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
+    label_parts, labels, pixel_parts, pixels, label_share, pixel_share, contrast_weight, distance_weight,
+    total, ce, ppc, ppd, R: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The only program."""
     entropy = tl.load(label_share) * _summed(label_parts, labels, R, ACC)
@@ -99,7 +99,7 @@ def _totals(
     tl.store(ce, entropy)
     tl.store(ppc, contrast)
     tl.store(ppd, distance)
-    tl.store(total, entropy + CONTRAST * contrast + DISTANCE * distance)
+    tl.store(total, entropy + tl.load(contrast_weight) * contrast + tl.load(distance_weight) * distance)
 
 
 def _shape(dim: int) -> tuple[int, int]:
@@ -141,17 +141,19 @@ def finish(
         gradient: (N, D) to the unit rows, contiguous. unit_rows: (N, D) contiguous. raw: (N, D) before unit length.
         prototypes: (C*K, D) contiguous.
         target: (N,) in [0, C*K), or -1 for no pull. near: (N,) cosine with it.
-        contrast: factors of the share of Eq. (5) over its temperature, () and a number the kernel is compiled for.
+        contrast: factors of the share of Eq. (5) over its temperature, () and a number.
         distance: the same of the share of Eq. (6).
     """
     n, dim = raw.shape
     rows, wide = _shape(dim)
+    kind = gradient.dtype, gradient.device
     if n:
         grid = (triton.cdiv(n, rows),)
         with launching_on(raw):
             _finish[grid](
-                gradient, unit_rows, raw, prototypes, target, near, contrast[0], distance[0],
-                n, *raw.stride(), contrast[1], distance[1], dim, rows, wide, enable_fp_fusion=True,
+                gradient, unit_rows, raw, prototypes, target, near,
+                contrast[0], constant(contrast[1], *kind), distance[0], constant(distance[1], *kind),
+                n, *raw.stride(), dim, rows, wide, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -193,10 +195,12 @@ def totals(
         contrast_weight, distance_weight: lambda1, lambda2.
     """
     made = tuple(pixel_parts.new_empty(()) for _ in range(4))
-    kind = tl.float64 if pixel_parts.dtype == torch.float64 else tl.float32
+    kind = pixel_parts.dtype, pixel_parts.device
+    sums = tl.float64 if pixel_parts.dtype == torch.float64 else tl.float32
     with launching_on(pixel_parts):
         _totals[(1,)](
-            label_parts, len(label_parts), pixel_parts, pixel_parts.shape[1], label_share, pixel_share, *made,
-            contrast_weight, distance_weight, PARTS, kind, num_warps=8, enable_fp_fusion=True,
+            label_parts, len(label_parts), pixel_parts, pixel_parts.shape[1], label_share, pixel_share,
+            *(constant(weight, *kind) for weight in (contrast_weight, distance_weight)), *made,
+            PARTS, sums, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return made

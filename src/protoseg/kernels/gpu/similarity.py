@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoseg.kernels.gpu import interpreted, launching_on, rows
+from protoseg.kernels.gpu import constant, interpreted, launching_on, rows
 
 BITS = tl.constexpr(16)  # of a word of ties
 LOWEST = tl.constexpr(-1e30)  # a finite stand-in for -inf, whose differences are no nan
@@ -186,7 +186,7 @@ def _set_bits(word):
 @triton.jit
 def _weights(
     x, p, table, stride, slope, slope_stride, ties, ties_stride, log_sum, share, classes, target, out,
-    n, C, span, PUSH: tl.constexpr, SCALE: tl.constexpr,
+    push, n, C, span, SCALE: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
     STORED: tl.constexpr, SIBLINGS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, ACC: tl.constexpr,
@@ -201,7 +201,7 @@ def _weights(
     held_x = _kept(x, row, rows_in, D, BD, STORED)
     lse = tl.load(log_sum + row, mask=rows_in, other=0.0) * 1.4426950408889634
     own_class = tl.load(classes + row, mask=rows_in, other=-1).to(tl.int32)
-    part = tl.where(own_class >= 0, tl.load(share) * PUSH, 0.0)
+    part = tl.where(own_class >= 0, tl.load(share) * tl.load(push), 0.0)
     if not SIBLINGS:
         own_class = tl.maximum(own_class, 0)
         given = tl.maximum(tl.load(target + row, mask=rows_in, other=0), 0).to(tl.int32)
@@ -422,8 +422,8 @@ def run_weights(cosines: Cosines, slope: Tensor, seen: list[Tensor], start: int,
         _weights[strips, splits, parts](
             cosines.rows[start:], cosines.flat, table, table.stride(0), slope, slope.stride(0),
             seen[0], seen[0].stride(0), cosines.log_sum[start:], cosines.share, cosines.classes[start:],
-            cosines.target[start:], target, n, C, span, PUSH=cosines.factor / cosines.temperature, BO=b.out,
-            **_constants(cosines, b, slope.dtype),
+            cosines.target[start:], target, constant(cosines.factor / cosines.temperature, out.dtype, out.device),
+            n, C, span, BO=b.out, **_constants(cosines, b, slope.dtype),
         )  # fmt: skip
     if not stored and splits > 1:
         torch.sum(target, 0, out=out)
