@@ -171,7 +171,8 @@ def test_the_device_way_draws_the_same_samples(folder_set, workers):
     data = replace(folder_set, photometric=False)
     source = source_of(data)
     plain = of_files(data, batch=2)
-    ours = resident.ResidentLoader(source, resident.load(source, CPU), data, BatchOrder(len(source), 2, 1), workers)
+    ours = resident.ResidentLoader(source, resident.load(source, CPU), data, BatchOrder(len(source), 2, 1))
+    ours.cuts = resident.draw_loader(ours.draws, ours.order, workers)
     for _ in range(6):
         ours._begin()
         for one, other in zip(ours._cut_together(), plain, strict=True):

@@ -49,6 +49,23 @@ def test_in_half_precision_only_the_last_digit_differs(layout):
     assert_close(gradient, expected, rtol=2**-7, atol=2**-6)
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("small", "large"), [((12, 15), (23, 30)), ((23, 30), (45, 60)), ((3, 4), (12, 8))])
+def test_in_half_precision_no_weight_is_lost(small, large, align_corners):
+    """Rounded weights no longer sum to what they should, and change every channel alike; here the result is rounded."""
+    gradient = torch.ones(1, 2, *large, dtype=torch.bfloat16, device=DEVICE)
+    back = resizing.bilinear_adjoint(gradient, small, align_corners)
+    exact = resizing.bilinear_adjoint(gradient.double(), small, align_corners)
+    assert torch.equal(back, exact.bfloat16())
+
+
+def test_autocast_around_the_way_back_changes_nothing():
+    gradient = torch.randn(2, 3, 8, 10, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = resizing.bilinear_adjoint(gradient, (4, 5), False)
+    assert torch.equal(found, resizing.bilinear_adjoint(gradient, (4, 5), False))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_gradient_lies_in_memory_as_it_came(layout):
     """A copy of the largest maps of a network, each way, is what it would cost otherwise."""

@@ -99,6 +99,28 @@ def test_bands_of_whole_images_equal_the_plain_lines(variant, images, monkeypatc
     assert len(calls) == 2 // images
 
 
+@pytest.mark.parametrize("label_size", [None, (7, 9)])
+@pytest.mark.parametrize("named", [{}, {"contrast_siblings": False}])
+def test_drawn_negatives_equal_the_plain_lines(named, label_size):
+    """There the products are PyTorch's, and want the cosines that the cross-entropy's kernels could overwrite."""
+    head = build(6, 3, num_prototypes=4, embed_dim=20, contrast_negatives=5, **named)
+
+    def same(*given):
+        return torch.arange(5, device=DEVICE) * 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("protoseg.method.head.draw_negatives", same)
+        assert_same_step(head, *batch(6, 3, size=(2, 5, 6), label_size=label_size))
+
+
+def test_a_batch_without_images_has_no_losses():
+    head = build(6, 3, num_prototypes=4, embed_dim=20).to(DEVICE)
+    features, labels = batch(6, 3, size=(1, 3, 4))
+    losses = head.losses(features[:0].to(DEVICE), labels[:0].to(DEVICE))
+    assert losses.total == 0
+    assert len(losses.assignment) == 0
+
+
 @pytest.mark.parametrize("siblings", [True, False])
 @pytest.mark.parametrize("parts", [("ce",), ("ppc", "ppd")])
 def test_every_loss_has_its_own_gradient(parts, siblings):

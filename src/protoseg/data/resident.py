@@ -156,6 +156,11 @@ class Draws(Dataset[Cut]):
         return pairs, numbers, augment.window(cuts, sizes, self.data.crop_size)
 
 
+def draw_loader(draws: Draws, order: BatchOrder, workers: int) -> DataLoader[Cut]:
+    """Batches of draws, in order, by so many processes."""
+    return DataLoader(draws, batch_sampler=order, collate_fn=_as_it_is, **of_processes(workers, order.seed))
+
+
 class ResidentLoader(Place):
     """`loading.ResumableLoader` over pictures in memory: the same batches, the same place.
 
@@ -181,9 +186,7 @@ class ResidentLoader(Place):
         self.order = order
         self.workers = workers
         self.draws = Draws(pictures, data, source.labels.ignore_index, order.seed)
-        self.cuts = DataLoader(
-            self.draws, batch_sampler=order, collate_fn=_as_it_is, **of_processes(workers, order.seed)
-        )
+        self.cuts = draw_loader(self.draws, order, 0 if pictures.images.device.type == "cpu" else workers)
 
     def __iter__(self) -> Iterator[Batch]:
         order = self._begin()

@@ -10,7 +10,7 @@ asks here whether a faster way applies, and takes the plain lines where it does 
 | transport plan, arg-max | `clustering.transport_plan`, `balanced_index` | small kappa, `torch.func`; `plain_only()` |
 | log of the plan | `clustering.log_plan` | no GPU, no Triton; `torch.compile`, `torch.func`; `plain_only()` |
 | sums of the update | `clustering.segment_sums` | `torch.func`; `plain_only()` |
-| the bilinear resize | `resizing.bilinear` | no GPU, order not asked for; `torch.func`; `plain_only()` |
+| the bilinear resize | `resizing.bilinear` | no GPU, order not asked for; tracing, `torch.func`; `plain_only()` |
 | the memory's steps in place | `memory` | no C compiler, no Triton, mixed types, `torch.func`; `plain_only()` |
 
 The answer depends on nothing that may differ between ranks (not on the number of pixels, say): ranks that sum over
@@ -85,7 +85,7 @@ def one_pass_applies() -> bool:
 
 def labelled_applies(labels: Tensor, dtype: torch.dtype) -> bool:
     """Whether the one pass finds classes and their number through `labelled`; it sums what the plain lines sum."""
-    return gpu.way(labels.device, dtype) is not None
+    return gpu.way(labels.device, dtype) is not None and not (_transformed() or _plain.get())
 
 
 def labelled(
@@ -138,7 +138,7 @@ def segment_sums_apply() -> bool:
 def bilinear_applies(x: Tensor) -> bool:
     """Whether `method.resizing.bilinear` goes through `bilinear`: where its gradient must have one order."""
     ordered = x.is_cuda and torch.are_deterministic_algorithms_enabled()
-    return ordered and not (_transformed() or _plain.get())
+    return ordered and not (torch.jit.is_tracing() or _transformed() or _plain.get())
 
 
 def memory_steps_apply(*tensors: Tensor) -> bool:

@@ -19,17 +19,31 @@ Size = tuple[int, int]
 
 
 def bilinear(x: Tensor, size: Size, align_corners: bool) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), the numbers of `F.interpolate(x, size, mode="bilinear")` to the bit."""
+    """(B, C, h, w) -> (B, C, *size), what `F.interpolate(x, size, mode="bilinear")` gives where no order is asked."""
     return _Bilinear.apply(x, size, align_corners)
 
 
 def bilinear_adjoint(gradient: Tensor, size: Size, align_corners: bool) -> Tensor:
     """(B, C, H, W) gradient of a map resized from `size` -> (B, C, *size), in the order of memory it came in.
 
-    A gradient in half precision takes weights in half precision: those of a resize by a power of two are exact.
+    Products are fp32 (TF32 where `torch.backends.cuda.matmul` allows it), or half precision where the gradient is and
+    the weights lose nothing by it: in a resize by a power of two. Rounded they would not sum to what they should.
     """
     if gradient.shape[-2:] == size:
         return gradient
+    kind = gradient.dtype
+    if kind.itemsize < 4 and (align_corners or not all(map(_power_of_two, size, gradient.shape[-2:]))):
+        gradient = gradient.float()
+    with torch.autocast(gradient.device.type, enabled=False):
+        return _products(gradient, size, align_corners).to(kind)
+
+
+def _power_of_two(small: int, large: int) -> bool:
+    times, rest = divmod(large, small)
+    return rest == 0 and times & (times - 1) == 0
+
+
+def _products(gradient: Tensor, size: Size, align_corners: bool) -> Tensor:
     weights = _weights if torch.compiler.is_compiling() else _kept
     down, across = (
         weights(small, large, align_corners, gradient.dtype, gradient.device)
@@ -57,8 +71,9 @@ class _Bilinear(torch.autograd.Function):
 def _weights(small: int, large: int, align_corners: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(small, large) what each input gives to each output."""
     exact = torch.float32 if dtype.itemsize < 4 else dtype
-    low, share = upsampling.mixes(small, large, align_corners, exact, device)
-    return upsampling.matrix(low, share, small).T.to(dtype).contiguous()
+    with torch.inference_mode(False):  # it is kept, and may meet a gradient that is differentiated in its turn
+        low, share = upsampling.mixes(small, large, align_corners, exact, device)
+        return upsampling.matrix(low, share, small).T.to(dtype).contiguous()
 
 
 _kept = lru_cache(maxsize=64)(_weights)  # so that a step costs no launches for them; a compiler makes them in passing

@@ -158,8 +158,10 @@ def sweep(
     if fused:
         from protoseg.kernels.gpu import cross_entropy as fused_cross_entropy
     whole = fused and h * w <= columns  # every band is of whole images
-    # The cross-entropy's kernels then take cosines for scores, and give the gradient to them.
-    scaled = fused and (whole or not resized) and s.layer_norm is None and not errors
+    # The cross-entropy's kernels then take cosines for scores and give the gradient to them, in their place: not where
+    # errors are those of the scores, or where drawn negatives want the cosines afterwards.
+    plain_scores = s.layer_norm is None and batch.negatives is None and not errors
+    scaled = fused and (whole or not resized) and plain_scores
     if resized and not (whole or only_own):
         kind = (s.align_corners, batch.embedding.dtype, batch.embedding.device)
         vertical, across = upsampling.lines(h, height, *kind), upsampling.lines(w, width, *kind)
@@ -237,14 +239,15 @@ def sweep(
         else:
             if raw is not None:
                 _to_unit(raw[start:end], batch.embedding[start:end])
-            cosines = gemm.similarities(flat, batch.embedding[start:end])  # CK n
-            best, seen = cosines.view(C, K, -1).amax(1), [cosines]  # C n
+            seen = [gemm.similarities(flat, batch.embedding[start:end])]  # CK n
+            best = seen[0].view(C, K, -1).amax(1)  # C n
         scores = best if scaled else _scores(batch, scale, best)
         if swept.predicted is not None:
             swept.predicted[start:end] = scores.argmax(0) if shard is None else shard.argmax(scores)
         if only_own:
             if kernels is None:
-                swept.own[:, start:end] = _own(cosines.view(C, K, -1), classes[start:end])
+                swept.own[:, start:end] = _own(seen[0].view(C, K, -1), classes[start:end])
+            del seen, best, scores  # or the next band's table would come beside this one's
             continue
         asked = (s.ignore_index, batch.class_weights, ce_share)
         if not resized:
@@ -256,7 +259,7 @@ def sweep(
                 loss = upsampling.cross_entropy_(scores, flat_labels, *asked, shard)[None]
             losses.append(loss)
             finish(seen, best, scores, start, end)
-            del seen, best, scores  # or the next band's table would come beside this one's
+            del seen, best, scores
             continue
         if whole:
             loss, slope, scores_gradient = fused_cross_entropy.label_cross_entropy(
@@ -508,6 +511,8 @@ def _own(table: Tensor, classes: Tensor) -> Tensor:
 
 def _bands(images: int, h: int, w: int, columns: int) -> list[tuple[range, range]]:
     """(images, rows) of each band: several whole images, or some rows of one."""
+    if images * h * w == 0:
+        return []
     if h * w <= columns:
         step = columns // (h * w)
         return [(range(i, min(i + step, images)), range(h)) for i in range(0, images, step)]

@@ -4,7 +4,8 @@
 |---|---|
 | `similarity` | Eq. (1), (2), (5): best prototype of each class, log-sum-exp over all, and their gradient |
 | `cross_entropy` | Eq. (2) at the labels' size, and its gradient to the class scores |
-| `rows` | unit length and its adjoint |
+| `labels` | classes at feature size, and how many labels and pixels have one |
+| `rows` | unit length and its adjoint; Eq. (5) and (6) of what pixels were given, and Eq. (7) |
 | `segments` | rounds of Eq. (4) over all classes at once; the sums of Eq. (8) |
 | `memory` | the momentum of Eq. (8), the log of use, re-seeding, in place |
 
@@ -89,7 +90,10 @@ def at_hand(device: torch.device) -> bool:
 @lru_cache(maxsize=256)
 def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number as a () tensor, for kernels: as an argument it would be cut to fp32, and as a constant that they are
-    compiled for, a weight which changes from step to step would compile them anew each time."""
+    compiled for, a weight which changes from step to step would compile them anew each time.
+
+    A step that is captured in a graph must have run before, and its weights stay what they were: graphs hold addresses.
+    """
     return torch.full((), value, dtype=dtype, device=device)
 
 

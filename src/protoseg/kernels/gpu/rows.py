@@ -194,6 +194,8 @@ def totals(
         label_share, pixel_share: () what makes their sums means.
         contrast_weight, distance_weight: lambda1, lambda2.
     """
+    if len(label_parts) > 16 * PARTS:  # too many for one program
+        label_parts = label_parts.sum()[None]
     made = tuple(pixel_parts.new_empty(()) for _ in range(4))
     kind = pixel_parts.dtype, pixel_parts.device
     sums = tl.float64 if pixel_parts.dtype == torch.float64 else tl.float32

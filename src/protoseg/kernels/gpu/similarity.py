@@ -186,7 +186,7 @@ def _set_bits(word):
 @triton.jit
 def _weights(
     x, p, table, stride, slope, slope_stride, ties, ties_stride, log_sum, share, classes, target, out,
-    push, n, C, span, SCALE: tl.constexpr,
+    factor, n, C, span, SCALE: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
     STORED: tl.constexpr, SIBLINGS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, ACC: tl.constexpr,
@@ -201,7 +201,7 @@ def _weights(
     held_x = _kept(x, row, rows_in, D, BD, STORED)
     lse = tl.load(log_sum + row, mask=rows_in, other=0.0) * 1.4426950408889634
     own_class = tl.load(classes + row, mask=rows_in, other=-1).to(tl.int32)
-    part = tl.where(own_class >= 0, tl.load(share) * tl.load(push), 0.0)
+    part = tl.where(own_class >= 0, tl.load(share) * tl.load(factor), 0.0)
     if not SIBLINGS:
         own_class = tl.maximum(own_class, 0)
         given = tl.maximum(tl.load(target + row, mask=rows_in, other=0), 0).to(tl.int32)
