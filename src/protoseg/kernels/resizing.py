@@ -1,4 +1,4 @@
-"""The bilinear resize, with a gradient that is as fast on a GPU as it is exact.
+"""The bilinear resize, with a gradient that has one order on a GPU.
 
 PyTorch's own gradient adds atomically there, so among deterministic algorithms `F.interpolate` takes another way: four
 gathers forward and, backward, an `index_put_` that sorts every number of the gradient by its place. But the resize is
