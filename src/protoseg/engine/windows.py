@@ -320,8 +320,6 @@ def _add_probabilities(total: Tensor, answers: list[Answer]) -> None:
 
 
 def _resize(probabilities: Tensor, size: Size) -> Tensor:
-    if probabilities.shape[-2:] == size:
-        return probabilities
     return bilinear(probabilities[None], size)[0]
 
 

@@ -29,8 +29,6 @@ def bilinear_adjoint(gradient: Tensor, size: Size, align_corners: bool) -> Tenso
     Products are fp32 (TF32 where `torch.backends.cuda.matmul` allows it), or half precision where the gradient is and
     the weights lose nothing by it: in a resize by a power of two. Rounded they would not sum to what they should.
     """
-    if gradient.shape[-2:] == size:
-        return gradient
     kind = gradient.dtype
     if kind.itemsize < 4 and (align_corners or not all(map(_power_of_two, size, gradient.shape[-2:]))):
         gradient = gradient.float()

@@ -145,8 +145,7 @@ def segmentation_cross_entropy(
         () scalar; 0 with zero gradient where nothing is labelled.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if scores.shape[-2:] != labels.shape[-2:]:
-        scores = bilinear(scores, (labels.shape[-2], labels.shape[-1]), align_corners=align_corners)
+    scores = bilinear(scores, (labels.shape[-2], labels.shape[-1]), align_corners=align_corners)
     weights = None if class_weights is None else class_weights.to(scores.dtype)
     summed = F.cross_entropy(scores, labels, weight=weights, ignore_index=ignore_index, reduction="sum")
     return ranks_share(total) * summed / labelled_mass(labels, ignore_index, class_weights, scores.dtype, total)
@@ -175,17 +174,15 @@ def label_errors(
         (N, C) rows (b h w).
     """
     (_, C, h, w), size = scores.shape, (labels.shape[1], labels.shape[2])
-    if size != (h, w):
-        scores = bilinear(scores, size, align_corners=align_corners)
+    scores = bilinear(scores, size, align_corners=align_corners)
     valid = labels != ignore_index
     target = labels.masked_fill(~valid, 0)
     errors = scores.softmax(1).neg_()
     errors.scatter_(1, target[:, None], errors.gather(1, target[:, None]) + 1)
     weights = valid.to(errors.dtype) if class_weights is None else valid * class_weights.to(errors.dtype)[target]
     errors *= weights[:, None]
-    if size != (h, w):
-        errors = bilinear_adjoint(errors, (h, w), align_corners=align_corners)
-        errors *= (h * w) / (size[0] * size[1])
+    errors = bilinear_adjoint(errors, (h, w), align_corners=align_corners)
+    errors *= (h * w) / (size[0] * size[1])
     return errors.permute(0, 2, 3, 1).reshape(-1, C)
 
 

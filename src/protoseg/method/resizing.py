@@ -10,7 +10,7 @@ from protoseg import kernels
 
 
 def bilinear(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
-    """`F.interpolate(x, size, mode="bilinear")` of (B, C, h, w).
+    """`F.interpolate(x, size, mode="bilinear")` of (B, C, h, w); `x` itself where it has that size.
 
     On a GPU and among deterministic algorithms its gradient is two matrix products (`kernels.resizing`), not PyTorch's
     sort of all its numbers; the values are the same.
@@ -19,6 +19,8 @@ def bilinear(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -
         size: (height, width) of the result.
         align_corners: whether the outer pixels' centres, rather than their edges, come to lie on each other.
     """
+    if x.shape[-2:] == size:
+        return x
     if kernels.bilinear_applies(x):
         return kernels.bilinear(x, size, align_corners)
     return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
@@ -26,6 +28,8 @@ def bilinear(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -
 
 def bilinear_adjoint(gradient: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """The way back of `bilinear`: the (B, C, H, W) gradient of its result as that of its (B, C, *size) input."""
+    if gradient.shape[-2:] == size:
+        return gradient
     if kernels.bilinear_applies(gradient):
         return kernels.bilinear_adjoint(gradient, size, align_corners)
     given = (*gradient.shape[:2], *size)

@@ -180,10 +180,7 @@ class TimmPyramid(nn.Module):
         pyramid = []
         for index, stride in zip(self._order, self.strides):
             features = maps[index].permute(0, 3, 1, 2) if self._channels_last else maps[index]
-            size = (int(H / stride), int(W / stride))
-            if tuple(features.shape[-2:]) != size:
-                features = bilinear(features, size)
-            pyramid.append(features)
+            pyramid.append(bilinear(features, (int(H / stride), int(W / stride))))
         return pyramid
 
 

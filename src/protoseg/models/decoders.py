@@ -18,8 +18,7 @@ from protoseg.models.blocks import ConvNormAct, SeparableConv, start_for_relu
 
 def resized(x: Tensor, like: Tensor) -> Tensor:
     """`x` bilinearly at the height and width of `like`."""
-    size = (like.shape[-2], like.shape[-1])
-    return x if x.shape[-2:] == size else bilinear(x, size)
+    return bilinear(x, (like.shape[-2], like.shape[-1]))
 
 
 class LightDecoder(nn.Module):

@@ -89,8 +89,7 @@ class Segmenter(nn.Module):
         """(B, 3, H, W) RGB, uint8 or float in [0, 1], any H and W -> (B, C, H, W) class scores."""
         H, W = images.shape[-2:]
         scores, size = self.coarse(images)
-        if scores.shape[-2:] != size:
-            scores = bilinear(scores, size, align_corners=self.head.align_corners)
+        scores = bilinear(scores, size, align_corners=self.head.align_corners)
         return scores[..., :H, :W]
 
     def coarse(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
