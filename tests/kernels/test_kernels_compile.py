@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from protoseg.kernels.class_errors import Band  # noqa: E402
 from protoseg.kernels.clustering_cpu import RULES  # noqa: E402
 from protoseg.kernels.gpu import cross_entropy, labels, memory, rows, segments, similarity  # noqa: E402
 
@@ -72,13 +73,15 @@ def compiled(monkeypatch, module, name):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(("way", "k", "d"), [("mm", 20, 256), ("bf16", 10, 256), ("tf32", 10, 720)])
 def test_the_one_pass_compiles_for_hopper_and_fits_it(way, k, d, monkeypatch):
-    found = compiled(monkeypatch, similarity, "_nearest"), compiled(monkeypatch, similarity, "_weights")
+    errors = "_error_weights" if way == "mm" else "_error_sums"
+    found = [compiled(monkeypatch, similarity, name) for name in ("_nearest", "_weights", errors)]
     compiled(monkeypatch, similarity, "_merged")
     n, classes = 512, 19
     x, p = torch.zeros(n, d), torch.zeros(classes, k, d)
     owner = torch.zeros(n, dtype=torch.int64)
     cosines = similarity.Cosines(way, x, p, owner, owner, 0.1, siblings=way != "mm")
     best, seen = cosines.nearest(0, n)
+    cosines.errors(Band(best, owner, x.new_zeros(classes * k, d), x.new_zeros(n)), seen, 0, n)
     cosines.push(cosines.log_sum[0], 0.01)
     cosines.gradient(best, seen, 0, n, x)
     for (kernel,) in found:
@@ -90,16 +93,18 @@ def test_the_one_pass_compiles_for_hopper_and_fits_it(way, k, d, monkeypatch):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_what_the_tests_ask_of_a_gpu_compiles_too(monkeypatch):
     """float64, two words of ties, nothing that divides by 16."""
-    names = ("_nearest", "_merged", "_weights")
+    names = ("_nearest", "_merged", "_weights", "_error_weights")
     found = [compiled(monkeypatch, similarity, name) for name in names]
     x, p = torch.zeros(37, 18, dtype=torch.float64), torch.zeros(20, 33, 18, dtype=torch.float64)
     owner = torch.zeros(37, dtype=torch.int64)
     cosines = similarity.Cosines("mm", x, p, owner, owner, 0.1, siblings=False)
     best, seen = cosines.nearest(3, 37)
+    cosines.errors(Band(best, owner[3:], x.new_zeros(20 * 33, 18), x.new_zeros(34)), seen, 3, 37)
     cosines.push(cosines.log_sum[0], 0.01)
     cosines.gradient(best, seen, 3, 37, x[3:])
     for (kernel,) in found:
         assert kernel.metadata.shared <= SHARED
+    for (kernel,) in found[:-1]:  # the last computes nothing
         assert ".f64" in kernel.asm["ptx"]
 
 

@@ -28,7 +28,7 @@ KERNELS = {
     rows: ("_unit", "_finish", "_given", "_totals"),
     segments: ("_round", "_choose", "_class_masses", "_row_sums", "_segment_sums"),
     memory: ("_momentum", "_usage", "_worst_served", "_reseed"),
-    similarity: ("_nearest", "_merged", "_weights"),
+    similarity: ("_nearest", "_merged", "_weights", "_error_weights", "_error_sums"),
     cross_entropy: ("_same_size", "_label_log_sums", "_label_gradient"),
 }
 VARIANTS = {

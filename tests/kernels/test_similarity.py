@@ -16,6 +16,8 @@ VARIANTS = {
     "fixed scale": {"learn_scale": False},
     "correct only": {"update_from": "correct"},
     "errors": {"update_from": "errors"},
+    "errors, no siblings": {"update_from": "errors", "contrast_siblings": False},
+    "errors, LayerNorm over classes": {"update_from": "errors", "score_norm": "layer_norm"},
     "nearest": {"assignment": "nearest"},
     "class weights": {"class_weights": [0.5, 2.0, 1.0]},
     "align corners": {"align_corners": True},
@@ -63,6 +65,9 @@ def assert_same(fast, plain, atol=1e-12):
     assert torch.equal(losses.assignment, true.assignment)
     assert torch.equal(losses.moving, true.moving)
     assert_close(losses.embedding, true.embedding, rtol=0, atol=1e-15)
+    assert (losses.errors is None) == (true.errors is None)
+    for found, expected in zip(losses.errors or (), true.errors or (), strict=True):
+        assert_close(found, expected, rtol=0, atol=atol)
     assert set(gradients) == set(true_gradients)
     for name, gradient in true_gradients.items():
         if gradient is None:  # a number the asked losses do not use
@@ -87,7 +92,7 @@ def test_the_width_of_a_band_changes_nothing(columns, monkeypatch):
     assert_same(*both(head, *batch(6, 3, size=(3, 5, 6), label_size=(19, 21))))
 
 
-@pytest.mark.parametrize("variant", ["default", "no siblings", "class weights", "reference"])
+@pytest.mark.parametrize("variant", ["default", "no siblings", "class weights", "errors", "reference"])
 @pytest.mark.parametrize("label_size", [(9, 33), (18, 290)], ids=["feature", "label"])
 def test_more_pixels_than_a_block_of_the_loops_in_c(variant, label_size):
     head = build(6, 3, **{"num_prototypes": 4, **VARIANTS[variant]})

@@ -21,6 +21,7 @@ VARIANTS = {
     "LayerNorm over classes": {"score_norm": "layer_norm"},
     "correct only": {"update_from": "correct"},
     "errors": {"update_from": "errors"},
+    "errors, no siblings": {"update_from": "errors", "contrast_siblings": False},
     "class weights": {"class_weights": [0.5, 2.0, 1.0]},
     "align corners": {"align_corners": True},
     "K=1": {"num_prototypes": 1},
@@ -31,7 +32,7 @@ SAME, ODD = (5, 6), (13, 17)
 CASES = [("mm", variant, ODD) for variant in VARIANTS]
 CASES += [("mm", "default", SAME), ("mm", "no siblings", SAME)]
 if INTERPRETED:  # on a GPU the kernels' own products do not know float64
-    CASES += [("ieee", "default", ODD), ("ieee", "no siblings", SAME)]
+    CASES += [("ieee", "default", ODD), ("ieee", "no siblings", SAME), ("ieee", "errors", ODD)]
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from heads import seeded
+from protoseg.kernels.class_errors import Band, add
 from triton_device import DEVICE, INTERPRETED, at_hand
 
 similarity = pytest.importorskip("protoseg.kernels.gpu.similarity", reason="no Triton")
@@ -107,6 +108,39 @@ class Problem:
 )
 def test_maxima_sums_own_cosines_and_gradient_are_those_of_the_table(n, classes, k, d, way, dtype):
     Problem(n, classes, k, d, dtype, way=way).check(way)
+
+
+def exact_for(way):
+    return torch.float64 if (INTERPRETED and way == "ieee") or way == "mm" else torch.float32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("way", ["mm", "ieee", "tf32", "bf16"])
+@pytest.mark.parametrize(("n", "classes", "k", "d"), [(150, 19, 10, 20), (5, 2, 1, 16), (40, 3, 33, 300)])
+def test_errors_are_those_of_the_plain_lines(n, classes, k, d, way, tied, monkeypatch):
+    """Of equal cosines the first is the nearest; 33 prototypes take three words of bits; pixels in several pieces."""
+    monkeypatch.setattr(similarity, "ERROR_TABLE", classes * k * 7)
+    p = Problem(n, classes, k, d, exact_for(way), way=way, tied=tied)
+    start, end = p.part.start, p.part.stop
+    cosines = similarity.Cosines(way, p.x, p.p, p.classes, None, TAU, True)
+    cosines.fill(None, 0, n)
+    _, seen = cosines.nearest(start, end)
+    wide = p.slope.repeat(1, 2)  # rows of errors are apart, as where they are part of an image's
+    found, true = (
+        Band(wide[:, : end - start], p.classes[p.part], torch.ones_like(p.p.flatten(0, 1)), wide.new_zeros(end - start))
+        for _ in range(2)
+    )
+    cosines.errors(found, seen, start, end)
+    if way == "mm":
+        table = seen[1]  # where rows are equal, a library's products need not be
+    else:
+        table = (p.p.double().flatten(0, 1) @ p.x[p.part].double().T).to(p.x)
+        if tied:
+            table.view(classes, k, -1)[:, k // 2 :] = table.view(classes, k, -1)[:, :1]
+    add(true, table, p.x[p.part])
+    assert_close(found.lacking, true.lacking, rtol=0, atol=0)
+    error = (found.taken - true.taken).norm() / (true.taken - 1).norm()
+    assert error < TOLERANCES[way, p.x.dtype][1]
 
 
 @pytest.mark.parametrize("siblings", [True, False])

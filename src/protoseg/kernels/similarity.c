@@ -215,6 +215,42 @@ int NAME(weights)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64
   return DONE;
 }
 
+/* What the classes got wrong of a band. best: (C, n) of `nearest`. errors: (C, n). classes: (n) or -1 for none.
+   rows: (n, D) unit rows. taken: (C*K, D), to which each pixel's row is added, times the errors of other classes, at the
+   nearest prototype of each; of equal ones the first. lacking: (n) the error of the own class, or 0.
+   Threads share out the classes, so a prototype's sum is in the order of pixels whatever their number. */
+int NAME(errors)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64_t n, const REAL *best,
+                 int64_t best_stride, const REAL *errors, int64_t errors_stride, const int64_t *classes,
+                 const REAL *rows, int64_t D, REAL *taken, REAL *lacking, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < n; i++) lacking[i] = classes[i] < 0 ? 0 : errors[classes[i] * errors_stride + i];
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t share = 0; share < threads; share++)
+    for (int64_t start = 0; start < n; start += BLOCK) {
+      const int64_t length = n - start < BLOCK ? n - start : BLOCK;
+      for (int64_t c = share * C / threads; c < (share + 1) * C / threads; c++) {
+        const REAL *first = table + c * K * stride + start, *top = best + c * best_stride + start;
+        const REAL *error = errors + c * errors_stride + start;
+        int32_t nearest[BLOCK] = {0};
+        for (int64_t k = K - 1; k > 0; k--) {
+          const REAL *row = first + k * stride;
+#pragma omp simd
+          for (int64_t i = 0; i < length; i++) nearest[i] = row[i] == top[i] ? (int32_t)k : nearest[i];
+        }
+        for (int64_t i = 0; i < length; i++)
+          nearest[i] = first[i] == top[i] ? 0 : nearest[i];
+        for (int64_t i = 0; i < length; i++) {
+          if (classes[start + i] == c) continue;
+          const REAL *x = rows + (start + i) * D, e = error[i];
+          REAL *to = taken + (c * K + nearest[i]) * D;
+#pragma omp simd
+          for (int64_t d = 0; d < D; d++) to[d] += e * x[d];
+        }
+      }
+    }
+  return DONE;
+}
+
 /* Logits (C, length) of a block, rows `stride` apart, become `share` times the gradient of their cross-entropy, whose sum
    is answered. peak: (length) their largest. wrong: counts labels that are no class. */
 static double NAME(pixel_losses)(REAL *logits, int64_t stride, int64_t C, int64_t length, const int64_t *labels,

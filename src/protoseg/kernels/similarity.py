@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from protoseg.kernels import contrast, gemm, gpu, similarity_cpu, upsampling
+from protoseg.kernels import class_errors, contrast, gemm, gpu, similarity_cpu, upsampling
 from protoseg.kernels.shards import Shard
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Settings:
         siblings: whether the other prototypes of the own class are negatives of Eq. (5).
         layer_norm: eps of a LayerNorm over the classes' scores, or None.
         predict: whether `Assign` wants the class of highest score.
-        errors: whether the update wants what the classes still get wrong (`losses.label_errors`).
+        errors: whether the update wants what the classes still get wrong (`losses.Errors`).
         negative_weight: what a drawn negative stands for, where only some are drawn.
         half: whether the features came in half precision, whose digits are all that products on a GPU then keep.
     """
@@ -98,7 +98,7 @@ class Batch:
 
 @dataclass
 class Swept:
-    """What one sweep gives. `gradient` (N, D) lacks the targets' term; the last four are None unless asked for."""
+    """What one sweep gives. `gradient` (N, D) lacks the targets' term; the last six are None unless asked for."""
 
     ce: list[Tensor]  # parts of the sum over labels, as vectors
     log_sum: Tensor  # (N,) log-sum-exp of cosine / tau; without siblings over what Eq. (5) then leaves
@@ -108,7 +108,8 @@ class Swept:
     log_scale: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
-    errors: Tensor | None  # (N, C)
+    taken: Tensor | None  # (C*K, D) of `losses.Errors`
+    lacking: Tensor | None  # (N,)
 
 
 def sweep(
@@ -185,14 +186,19 @@ def sweep(
         log_scale=None,  # made in the end
         norm_weight=new(C).zero_() if parameters and s.layer_norm is not None else None,
         norm_bias=new(C).zero_() if parameters and s.layer_norm is not None else None,
-        errors=new(C, N) if errors else None,  # turned in the end, as `own`
+        taken=new(C * K, D).zero_() if errors else None,
+        lacking=new(N).zero_() if errors else None,
     )
 
     def finish(seen: list[Tensor], best: Tensor, scores_gradient: Tensor, start: int, end: int) -> None:
         """Log-sum-exp, own cosines and gradient of pixels [start, end), whose cross-entropy is complete."""
         part = slice(start, end)
-        if swept.errors is not None:
-            swept.errors[:, part] = scores_gradient
+        if swept.taken is not None and swept.lacking is not None:
+            wrong = class_errors.Band(scores_gradient, classes[part], swept.taken, swept.lacking[part])
+            if kernels is None:
+                class_errors.add(wrong, seen[0], batch.embedding[part])
+            else:
+                kernels.errors(wrong, seen, start, end)
         best_gradient = scores_gradient
         if not scaled:
             best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
@@ -300,13 +306,16 @@ def sweep(
     if parameters:
         swept.log_scale = _joined(slopes).sum() if slopes else torch.zeros_like(scale)
     swept.own = swept.own.T
-    if swept.errors is not None:  # from minus the gradient of a mean over labels to units of a pixel
-        swept.errors = swept.errors.mul_(-(h * w) / (height * width) / batch.label_share).T
+    if swept.taken is not None and swept.lacking is not None:  # from minus the gradient of a mean to units of a pixel
+        unit = -(h * w) / (height * width) / batch.label_share
+        swept.taken.mul_(unit)
+        swept.lacking.mul_(unit)
     return swept
 
 
 class OnePass(torch.autograd.Function):
-    """(N, D) raw embedding, (C, K, D) prototypes -> total, CE, PPC, PPD, unit embedding, assignment, moving, errors.
+    """(N, D) raw embedding, (C, K, D) prototypes -> total, CE, PPC, PPD, unit embedding, assignment, moving, the two of
+    `losses.Errors` or None.
 
     The gradient of the total is made in the forward pass. A gradient asked of CE, PPC or PPD by themselves, or a second
     time, is made when it is asked for, at the price of another pass.
@@ -351,14 +360,15 @@ class OnePass(torch.autograd.Function):
         if swept.gradient is not None:
             _targets_and_length(swept.gradient, batch, raw, target, near, s.contrast_weight, s.distance_weight)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for t in (batch.embedding, target, moving, swept.errors) if t is not None))
+        kept = (batch.embedding, target, moving, swept.taken, swept.lacking)
+        ctx.mark_non_differentiable(*(t for t in kept if t is not None))
         ctx.save_for_backward(
             prototypes, raw, batch.embedding, log_scale, norm_weight, norm_bias, target, near, labels, classes,
             class_weights, label_share, pixel_share, negatives,
         )  # fmt: skip
         ctx.settings, ctx.shard = settings, shard
         ctx.made = swept if any(ctx.needs_input_grad) else None  # given away by the first backward
-        return total, ce, ppc, ppd, batch.embedding, target, moving, swept.errors
+        return total, ce, ppc, ppd, *kept
 
     @staticmethod
     @once_differentiable

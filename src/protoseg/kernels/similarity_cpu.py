@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from protoseg.kernels import contrast, gemm, native
+from protoseg.kernels.class_errors import Band
 from protoseg.kernels.shards import Shard
 
 
@@ -168,6 +169,15 @@ class Cosines:
         if losses and self.shard is not None:
             self.log_sum[part] = self.shard.log_sum_exp(self.log_sum[part])
         return best, [table, best]
+
+    def errors(self, band: Band, seen: list[Tensor], start: int, end: int) -> None:
+        """What the classes got wrong of pixels [start, end), into the band; before `gradient`, which overwrites."""
+        table, best, *_ = seen
+        _call(
+            "errors", table, table, table.stride(0), *self._sizes(table), best, best.stride(0), band.errors,
+            band.errors.stride(0), self.classes[start:end], self.embedding[start:], self.embedding.shape[1], band.taken,
+            band.lacking,
+        )  # fmt: skip
 
     def push(self, share: Tensor, factor: float) -> None:
         """What the log-sum-exp's gradient is multiplied by: a () tensor and a number; 0 for void pixels."""

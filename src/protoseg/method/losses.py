@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,20 @@ from torch import Tensor
 from protoseg.method import ranks
 from protoseg.method.clustering import Reduction
 from protoseg.method.resizing import bilinear, bilinear_adjoint
+
+
+class Errors(NamedTuple):
+    """What the classes still got wrong in one batch (`label_errors`), as far as its prototypes were known before the
+    clustering: all but which prototype a pixel's own error goes to.
+
+    Attributes:
+        taken: (C*K, D) of each prototype the sum of the unit embeddings of pixels of other classes, or of none, whose
+            nearest of its class it is, each times the error of the class, which is negative but at borders.
+        lacking: (N,) error of each pixel's own class, 0 where it has none.
+    """
+
+    taken: Tensor
+    lacking: Tensor
 
 
 @dataclass
@@ -31,7 +46,7 @@ class Losses:
         moving: (N,) int64 prototype each pixel moves, -1 for none; the same as `assignment` but for options that
             update from a draw or from correct pixels only.
         parts: name -> detached () tensor, for logs.
-        errors: (N, C) of `label_errors`, where the update wants them.
+        errors: where the update wants them.
     """
 
     total: Tensor
@@ -42,7 +57,7 @@ class Losses:
     embedding: Tensor | None = None
     moving: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
-    errors: Tensor | None = None
+    errors: Errors | None = None
 
     @classmethod
     def cross_entropy_only(cls, ce: Tensor) -> Losses:

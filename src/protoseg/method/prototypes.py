@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from protoseg import kernels
-from protoseg.kernels.similarity import CPU_BAND, GPU_BAND
 from protoseg.method import ranks
 from protoseg.method.clustering import Reduction
-from protoseg.method.similarity import cosine_similarity, unit
+from protoseg.method.losses import Errors
+from protoseg.method.similarity import unit
 
 Start = Literal["nested", "random", "data", "truncated_normal"]
 MomentumRule = Literal["constant", "bias_corrected", "count_aware"]
@@ -82,8 +82,25 @@ def assigned_sums(
     return _over_ranks(sums, counts, total)
 
 
+def errors_by_prototype(embedding: Tensor, similarity: Tensor, errors: Tensor, classes: Tensor) -> Errors:
+    """The part of `error_sums` that no clustering decides.
+
+    Args:
+        embedding: (N, D) unit vectors. similarity: (N, C*K) with every prototype; of equal ones the first is nearest.
+        errors: (N, C) of `losses.label_errors`: 1[y = c] - P(c), taken at the labels' own size.
+        classes: (N,) class of each pixel, -1 for none.
+    """
+    C = errors.shape[1]
+    known, own = (classes >= 0)[:, None], classes.clamp(min=0)[:, None]  # N 1
+    mine = errors.gather(1, own) * known
+    others = errors.scatter_add(1, own, -mine)
+    nearest = similarity.unflatten(1, (C, -1)).argmax(2, keepdim=True)  # N C 1
+    weights = torch.zeros_like(similarity).unflatten(1, (C, -1)).scatter_(2, nearest, others[..., None])
+    return Errors(weights.flatten(1).T @ embedding, mine[:, 0])
+
+
 def error_sums(
-    embedding: Tensor, prototype: Tensor, prototypes: Tensor, errors: Tensor, total: Reduction = ranks.total
+    embedding: Tensor, prototype: Tensor, errors: Errors, total: Reduction = ranks.total
 ) -> tuple[Tensor, Tensor]:
     """`assigned_sums` of what the classes still get wrong (`update_from="errors"`).
 
@@ -99,30 +116,14 @@ def error_sums(
 
     Args:
         embedding: (N, D) unit vectors.
-        prototype: (N,) index in [0, C*K), -1 for pixels that were given none: all their errors go to the nearest.
-        prototypes: (C, K, D) the indices belong to.
-        errors: (N, C) of `losses.label_errors`: 1[y = c] - P(c), taken at the labels' own size.
+        prototype: (N,) index in [0, C*K) of the pixel's own class, -1 for none.
+        errors: of `errors_by_prototype`.
 
     Returns:
         (C*K, D) sums and (C*K,) how many pixels each was given.
     """
-    C, K, D = prototypes.shape
-    sums = embedding.new_zeros(C * K, D)
-    step = max(1, (CPU_BAND if embedding.device.type == "cpu" else GPU_BAND) // (C * K))
-    for start in range(0, len(embedding), step):
-        x, given = embedding[start : start + step], prototype[start : start + step, None]
-        wanted = errors[start : start + step].to(x.dtype)  # n C
-        known, given = given >= 0, given.clamp(min=0)  # n 1
-        own = given.div(K, rounding_mode="floor")
-        mine = wanted.gather(1, own)
-        lacking = mine * known
-        nearest = cosine_similarity(x, prototypes).unflatten(1, (C, K)).argmax(2, keepdim=True)  # n C 1
-        weights = x.new_zeros(len(x), C, K)
-        weights.scatter_(2, nearest, wanted.scatter(1, own, mine - lacking)[..., None])
-        weights = weights.flatten(1)
-        sums.addmm_(weights.scatter_(1, given, weights.gather(1, given) + lacking).T, x)
-    _, counts = _local_sums(embedding[:, :1].contiguous(), prototype, C * K)
-    return _over_ranks(sums, counts, total)
+    sums, counts = _local_sums(embedding * errors.lacking[:, None], prototype, len(errors.taken))
+    return _over_ranks(sums + errors.taken, counts, total)
 
 
 def _local_sums(embedding: Tensor, prototype: Tensor, count: int) -> tuple[Tensor, Tensor]:

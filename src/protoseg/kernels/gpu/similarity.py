@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from protoseg.kernels.class_errors import Band
 from protoseg.kernels.gpu import constant, interpreted, launching_on, rows
 
 BITS = tl.constexpr(16)  # of a word of ties
@@ -250,6 +251,69 @@ def _weights(
         tl.store(at, acc, mask=rows_in[:, None] & (o < D)[None])
 
 
+@triton.jit
+def _nearest_errors(
+    errors, errors_stride, ties, ties_stride, classes, lacking, place, row, rows_in, C, first,
+    K: tl.constexpr,
+):  # fmt: skip
+    """(P, R) error of the class of each of P prototypes at each of R pixels that it is the nearest of its class to,
+    the first of equal ones; 0 elsewhere and where the class is the pixel's own, whose error goes to `lacking` if
+    `first`."""
+    WORDS: tl.constexpr = (K + BITS - 1) // BITS
+    cls, k = place // K, place % K
+    word, bit = k // BITS, k % BITS
+    lowest = (tl.full(place.shape, 1, tl.int32) << bit)[:, None]
+    inside = (cls < C)[:, None] & rows_in[None]
+    wrong = tl.load(errors + cls.to(tl.int64)[:, None] * errors_stride + row[None], mask=inside, other=0.0)
+    line = (word * C + cls).to(tl.int64)[:, None] * ties_stride + row[None]
+    held = tl.load(ties + line, mask=inside, other=0).to(tl.int32) & 0xFFFF
+    nearest = (held & (2 * lowest - 1)) == lowest
+    if WORDS > 1:
+        line = (C * WORDS + cls).to(tl.int64)[:, None] * ties_stride + row[None]
+        nearest = nearest & (tl.load(ties + line, mask=inside, other=-1).to(tl.int32) == word[:, None])
+    own = cls[:, None] == tl.load(classes + row, mask=rows_in, other=-1).to(tl.int32)[None]
+    at = lacking + tl.zeros(place.shape, tl.int64)[:, None] + row[None]
+    tl.store(at, wrong, mask=inside & own & (k == 0)[:, None] & first)
+    return tl.where(nearest & (own == 0), wrong, 0.0)
+
+
+@triton.jit
+def _error_weights(
+    errors, errors_stride, ties, ties_stride, classes, lacking, out, n, C,
+    K: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): prototypes [i*P, i*P + P), pixels [j*R, j*R + R) of the (C*K, n) table `out`."""
+    place = tl.program_id(0) * P + tl.arange(0, P)
+    row = (tl.program_id(1) * R + tl.arange(0, R)).to(tl.int64)
+    weights = _nearest_errors(
+        errors, errors_stride, ties, ties_stride, classes, lacking, place, row, row < n, C, True, K
+    )
+    at = out + place.to(tl.int64)[:, None] * n + row[None]
+    tl.store(at, weights, mask=(place < C * K)[:, None] & (row < n)[None])
+
+
+@triton.jit
+def _error_sums(
+    x, errors, errors_stride, ties, ties_stride, classes, lacking, out, n, C, span,
+    K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BO: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j, l): prototypes [i*P, i*P + P), pixels [j*span, j*span + span), channels [l*BO, l*BO + BO)."""
+    place = tl.program_id(0) * P + tl.arange(0, P)
+    o = tl.program_id(2) * BO + tl.arange(0, BO)
+    acc = tl.zeros((P, BO), ACC)
+    start = tl.program_id(1) * span
+    for i in range(start, tl.minimum(start + span, n), R):
+        row = (i + tl.arange(0, R)).to(tl.int64)
+        weights = _nearest_errors(
+            errors, errors_stride, ties, ties_stride, classes, lacking, place, row, row < n, C, tl.program_id(2) == 0, K
+        )
+        part = tl.load(x + row[:, None] * D + o[None], mask=(row < n)[:, None] & (o < D)[None], other=0.0)
+        acc = _product(weights.to(part.dtype), part, acc, PRECISION, INTERPRETED)
+    at = out + (tl.program_id(1) * C * K + place).to(tl.int64)[:, None] * D + o[None]
+    tl.store(at, acc, mask=(place < C * K)[:, None] & (o < D)[None])
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Sizes of one program: powers of two, 16 at least, for the sake of `tl.dot`.
@@ -291,6 +355,16 @@ def blocks(way: str, num_classes: int, dim: int, *, backward: bool) -> Blocks:
             return Blocks(64, 16 if whole else min(32, few), wide if whole else 64, min(wide, 256), 8, 2)
         return Blocks(64, min(32, few), wide if whole else 32, 16, 4, 2)
     return Blocks(64, 16 if backward else min(32, few), 16, min(wide, 128), 8, 2)
+
+
+def error_blocks(way: str, dim: int) -> Blocks:
+    """Sizes of the sums over pixels, a tile being prototypes (its `classes`) by pixels (its `rows`)."""
+    if way == "mm":
+        return Blocks(128, 16, 16, 16, 4, 1)
+    wide = max(16, triton.next_power_of_2(dim))
+    if way == "bf16":
+        return Blocks(64, 128, 16, min(wide, 256), 8, 2)
+    return Blocks(32, 64, 16, min(wide, 128), 8, 2)
 
 
 class Cosines:
@@ -353,6 +427,11 @@ class Cosines:
             run_nearest(self, start, end, table, best, ties, own=True, losses=losses)
         return best, [ties, table] if self.tabled else [ties]
 
+    def errors(self, band: Band, seen: list[Tensor], start: int, end: int) -> None:
+        """What the classes got wrong of pixels [start, end), into the band; before `gradient`, which overwrites."""
+        if end > start:
+            add_errors(self, band, seen[0], start, end)
+
     def push(self, share: Tensor, factor: float) -> None:
         """What the log-sum-exp's gradient is multiplied by: a () tensor and a number; 0 for void pixels."""
         self.share, self.factor = share, factor
@@ -387,6 +466,7 @@ def best_of_each_class(way: str, embedding: Tensor, prototypes: Tensor) -> Tenso
 
 
 LOG2E = 1.4426950408889634
+ERROR_TABLE = 16_000_000  # weights of errors that may exist at once, where the product is PyTorch's
 MERGED = 256  # pixels of a program that merges log-sum-exps
 
 
@@ -427,6 +507,39 @@ def run_weights(cosines: Cosines, slope: Tensor, seen: list[Tensor], start: int,
         )  # fmt: skip
     if not stored and splits > 1:
         torch.sum(target, 0, out=out)
+
+
+def add_errors(cosines: Cosines, band: Band, ties: Tensor, start: int, end: int) -> None:
+    """`Cosines.errors`, from the bits that say which prototypes are nearest."""
+    n, C, K, D = end - start, cosines.num_classes, cosines.num_prototypes, cosines.dim
+    b = error_blocks(cosines.way, D)
+    strips, x = triton.cdiv(C * K, b.classes), cosines.rows[start:end]
+    if cosines.tabled:
+        step = triton.cdiv(ERROR_TABLE, C * K)
+        for part in (slice(i, min(i + step, n)) for i in range(0, n, step)):
+            weights = x.new_empty(C * K, part.stop - part.start)
+            known = _known(band.errors[:, part], ties[:, part], band.classes[part], band.lacking[part])
+            with launching_on(x):
+                _error_weights[strips, triton.cdiv(weights.shape[1], b.rows)](
+                    *known, weights, weights.shape[1], C, K=K, P=b.classes, R=b.rows, num_warps=b.warps
+                )
+            band.taken.addmm_(weights, x[part])
+        return
+    tiles, parts = triton.cdiv(n, b.rows), triton.cdiv(D, b.out)
+    span = triton.cdiv(tiles, min(tiles, triton.cdiv(b.programs, strips * parts)))
+    splits = triton.cdiv(tiles, span)
+    sums = band.taken.new_empty(splits, C * K, D)
+    with launching_on(x):
+        _error_sums[strips, splits, parts](
+            x, *_known(band.errors, ties, band.classes, band.lacking), sums, n, C, span * b.rows,
+            K=K, D=D, P=b.classes, R=b.rows, BO=b.out, PRECISION="tf32" if cosines.way == "tf32" else "ieee",
+            INTERPRETED=interpreted(), ACC=_accumulator(sums.dtype), num_warps=b.warps, num_stages=b.stages,
+        )  # fmt: skip
+    band.taken.add_(sums.sum(0))
+
+
+def _known(errors: Tensor, ties: Tensor, classes: Tensor, lacking: Tensor) -> tuple[Tensor | int, ...]:
+    return errors, errors.stride(0), ties, ties.stride(0), classes, lacking
 
 
 def _spans(num_classes: int, b: Blocks, programs: int) -> tuple[int, int]:
