@@ -4,7 +4,8 @@ from torch.testing import assert_close
 
 from heads import batch, build
 from protoseg import kernels
-from protoseg.kernels import similarity
+from protoseg.kernels import similarity, similarity_cpu
+from protoseg.kernels.class_errors import Band, add
 
 pytestmark = pytest.mark.usefixtures("way")
 VARIANTS = {
@@ -95,7 +96,7 @@ def test_the_width_of_a_band_changes_nothing(columns, monkeypatch):
 @pytest.mark.parametrize("variant", ["default", "no siblings", "class weights", "errors", "reference"])
 @pytest.mark.parametrize("label_size", [(9, 33), (18, 290)], ids=["feature", "label"])
 def test_more_pixels_than_a_block_of_the_loops_in_c(variant, label_size):
-    head = build(6, 3, **{"num_prototypes": 4, **VARIANTS[variant]})
+    head = build(6, 3, **{"num_prototypes": 4, "embed_dim": 72, **VARIANTS[variant]})
     assert_same(*both(head, *batch(6, 3, size=(2, 9, 33), label_size=label_size)))
 
 
@@ -229,3 +230,30 @@ def test_a_pixel_without_length_gets_the_gradient_of_the_plain_lines():
     assert_close(one[0, :, 1, 2], two[0, :, 1, 2], rtol=1e-10, atol=0)
     one[0, :, 1, 2] = two[0, :, 1, 2] = 0
     assert_close(one, two, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [2, 3, 19])
+def test_sums_of_errors_have_the_same_bits_whatever_the_number_of_threads(classes, dtype):
+    """Threads share out the classes; of seven some have none of two or three to take."""
+    n, k, dim = 300, 4, 72
+    x, p = torch.randn(n, dim, dtype=dtype), torch.randn(classes, k, dim, dtype=dtype)
+    if not similarity_cpu.takes(x, p):
+        pytest.skip("no C compiler")
+    own, errors = torch.randint(-1, classes, (n,)), torch.randn(classes, n, dtype=dtype)
+    cosines = similarity_cpu.Cosines(x, p, own, None, 0.1, True, own >= 0, None, None, 1.0)
+    _, seen = cosines.nearest(0, n)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            found.append(Band(errors, own, x.new_zeros(classes * k, dim), x.new_zeros(n)))
+            cosines.errors(found[-1], seen, 0, n)
+    finally:
+        torch.set_num_threads(threads)
+    plain = Band(errors, own, x.new_zeros(classes * k, dim), x.new_zeros(n))
+    add(plain, seen[0], x)
+    assert_close(found[0].taken, plain.taken, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
+    for other in found:
+        assert torch.equal(other.taken, found[0].taken)
+        assert torch.equal(other.lacking, plain.lacking)

@@ -215,40 +215,80 @@ int NAME(weights)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64
   return DONE;
 }
 
+/* Of one class in a block: pixels by nearest prototype, the first of equal ones, without those whose own class it is.
+   order: (length) pixels. starts: (K+1) where each prototype's begin in it. */
+static void NAME(group_by_nearest)(const REAL *table, int64_t stride, int64_t K, int64_t length, const REAL *best,
+                                   const int64_t *classes, int64_t c, uint8_t *order, int32_t *starts) {
+  int32_t nearest[BLOCK];
+  for (int64_t i = 0; i < length; i++) nearest[i] = 0; /* where the cosines are nan */
+  for (int64_t k = K - 1; k >= 0; k--) {
+    const REAL *row = table + k * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < length; i++) nearest[i] = row[i] == best[i] ? (int32_t)k : nearest[i];
+  }
+  memset(starts, 0, (K + 1) * sizeof *starts);
+  for (int64_t i = 0; i < length; i++) starts[nearest[i] + 1] += classes[i] != c;
+  for (int64_t k = 0; k < K; k++) starts[k + 1] += starts[k];
+  for (int64_t i = 0; i < length; i++) /* each start walks to its end ... */
+    if (classes[i] != c) order[starts[nearest[i]]++] = (uint8_t)i;
+  for (int64_t k = K; k > 0; k--) starts[k] = starts[k - 1]; /* ... which is the next one's start */
+  starts[0] = 0;
+}
+
+#define PIECE ((int64_t)(256 / sizeof(REAL))) /* channels whose sums stay in registers: eight vectors */
+typedef REAL NAME(vector) __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias)); /* of gcc and clang */
+
+/* PIECE channels of some of the rows (., D), each times its factor, are added to `sum`. A compiler keeps an array of
+   sums in memory, which takes twice as long, so they have names. */
+static void NAME(add_rows)(const REAL *rows, int64_t D, const uint8_t *order, int64_t count, const REAL *factor,
+                           REAL *sum) {
+  NAME(vector) *s = (NAME(vector) *)sum;
+  NAME(vector) s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3], s4 = s[4], s5 = s[5], s6 = s[6], s7 = s[7];
+  for (int64_t j = 0; j < count; j++) {
+    const NAME(vector) *x = (const NAME(vector) *)(rows + order[j] * D);
+    const REAL f = factor[order[j]];
+    s0 += f * x[0], s1 += f * x[1], s2 += f * x[2], s3 += f * x[3];
+    s4 += f * x[4], s5 += f * x[5], s6 += f * x[6], s7 += f * x[7];
+  }
+  s[0] = s0, s[1] = s1, s[2] = s2, s[3] = s3, s[4] = s4, s[5] = s5, s[6] = s6, s[7] = s7;
+}
+
 /* What the classes got wrong of a band. best: (C, n) of `nearest`. errors: (C, n). classes: (n) or -1 for none.
    rows: (n, D) unit rows. taken: (C*K, D), to which each pixel's row is added, times the errors of other classes, at the
-   nearest prototype of each; of equal ones the first. lacking: (n) the error of the own class, or 0.
+   nearest prototype of each. lacking: (n) the error of the own class, or 0.
    Threads share out the classes, so a prototype's sum is in the order of pixels whatever their number. */
 int NAME(errors)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64_t n, const REAL *best,
                  int64_t best_stride, const REAL *errors, int64_t errors_stride, const int64_t *classes,
                  const REAL *rows, int64_t D, REAL *taken, REAL *lacking, int64_t threads) {
+  uint8_t *orders = malloc(C * BLOCK + 1);
+  int32_t *starts = malloc((C * (K + 1) + 1) * sizeof *starts);
+  if (!orders || !starts) return free(orders), free(starts), NO_MEMORY;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < n; i++) lacking[i] = classes[i] < 0 ? 0 : errors[classes[i] * errors_stride + i];
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t share = 0; share < threads; share++)
+  for (int64_t share = 0; share < threads; share++) {
+    const int64_t first = share * C / threads, last = (share + 1) * C / threads;
     for (int64_t start = 0; start < n; start += BLOCK) {
       const int64_t length = n - start < BLOCK ? n - start : BLOCK;
-      for (int64_t c = share * C / threads; c < (share + 1) * C / threads; c++) {
-        const REAL *first = table + c * K * stride + start, *top = best + c * best_stride + start;
-        const REAL *error = errors + c * errors_stride + start;
-        int32_t nearest[BLOCK] = {0};
-        for (int64_t k = K - 1; k > 0; k--) {
-          const REAL *row = first + k * stride;
-#pragma omp simd
-          for (int64_t i = 0; i < length; i++) nearest[i] = row[i] == top[i] ? (int32_t)k : nearest[i];
-        }
-        for (int64_t i = 0; i < length; i++)
-          nearest[i] = first[i] == top[i] ? 0 : nearest[i];
-        for (int64_t i = 0; i < length; i++) {
-          if (classes[start + i] == c) continue;
-          const REAL *x = rows + (start + i) * D, e = error[i];
-          REAL *to = taken + (c * K + nearest[i]) * D;
-#pragma omp simd
-          for (int64_t d = 0; d < D; d++) to[d] += e * x[d];
-        }
-      }
+      for (int64_t c = first; c < last; c++)
+        NAME(group_by_nearest)(table + c * K * stride + start, stride, K, length, best + c * best_stride + start,
+                               classes + start, c, orders + c * BLOCK, starts + c * (K + 1));
+      for (int64_t d = 0; d < D; d += PIECE) /* a piece of the block's rows stays in the first cache */
+        for (int64_t c = first; c < last; c++)
+          for (int64_t k = 0; k < K; k++) {
+            const int32_t *run = starts + c * (K + 1) + k, count = run[1] - run[0];
+            const uint8_t *order = orders + c * BLOCK + run[0];
+            const REAL *error = errors + c * errors_stride + start, *x = rows + start * D + d;
+            REAL *to = taken + (c * K + k) * D + d;
+            if (count && D - d >= PIECE)
+              NAME(add_rows)(x, D, order, count, error, to);
+            else
+              for (int32_t j = 0; j < count; j++)
+                for (int64_t i = 0; i < D - d; i++) to[i] += error[order[j]] * x[order[j] * D + i];
+          }
     }
-  return DONE;
+  }
+  return free(orders), free(starts), DONE;
 }
 
 /* Logits (C, length) of a block, rows `stride` apart, become `share` times the gradient of their cross-entropy, whose sum
