@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict] = {
     "data start": {"start": "data", "momentum_rule": "count_aware", "count_cap": 12.0},
     "re-seeding": {"assignment": "nearest", "reseed_after": 1, "momentum": 0.5},
     "correct only": {"update_from": "correct", "momentum": 0.5},
+    "errors": {"update_from": "errors", "momentum": 0.5, "class_weights": [0.5, 2.0, 1.0, 3.0, 0.1]},
+    "errors at feature size": {"update_from": "errors", "momentum": 0.5, "fine": 1, "contrast_siblings": False},
     "drawn assignment": {"assignment": "gumbel"},
     "LayerNorm before": {"feature_norm": "layer_norm", "align_corners": True},
 }

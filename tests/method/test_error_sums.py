@@ -10,7 +10,6 @@ from protoseg.kernels import plain_only, similarity
 from protoseg.method.head import PrototypeHead
 from protoseg.method.losses import label_errors
 from protoseg.method.prototypes import assigned_sums, error_sums, errors_by_prototype, momentum_step
-from protoseg.method.sharded import ShardedPrototypeHead
 
 C, K, D, SCALE = 3, 4, 6, 5.0
 
@@ -221,8 +220,3 @@ def test_without_a_labelled_pixel_nothing_moves():
     features, labels = batch()
     one.update(one.losses(features, torch.full_like(labels, 255)))
     assert torch.equal(one.prototypes, before)
-
-
-def test_classes_over_ranks_refuse_it():
-    with pytest.raises(ValueError, match="update_from"):
-        ShardedPrototypeHead(D, C, update_from="errors")

@@ -49,7 +49,7 @@ class ShardedPrototypeHead(PrototypeHead):
 
     Raises:
         ValueError: fewer classes than ranks; `score_norm="layer_norm"` (it ties all classes' scores to one another),
-            `across_ranks="average"`, another distance than the cosine or `update_from="errors"`.
+            `across_ranks="average"`, or another distance than the cosine.
     """
 
     def __init__(self, in_channels: int, num_classes: int, *, equal_batches: bool = False, **named: Any):
@@ -58,7 +58,6 @@ class ShardedPrototypeHead(PrototypeHead):
             "score_norm": self.score_norm is not None,
             "across_ranks": self.across_ranks != "exact",
             "distance": self.distance != "cosine",
-            "update_from": self.update_from == "errors",
         }
         for name, wrong in refused.items():
             if wrong:
