@@ -37,7 +37,7 @@ from oracles.reference_loop import ReferenceHead
 from protoseg import kernels
 from protoseg.kernels import clustering_cpu
 from protoseg.method.head import PrototypeHead
-from protoseg.method.losses import Losses
+from protoseg.method.losses import Errors, Losses
 
 TILE = 8  # pixels a side
 
@@ -100,6 +100,9 @@ def contestants(shape: Shape, device: str, compiled: bool) -> dict[str, Callable
     p = problem(shape, device)
     total = torch.ones((), device=device)
     own = own_cosines(p)
+    errors = Errors(
+        torch.randn_like(p.prototypes).flatten(0, 1), torch.rand_like(own[:, 0])
+    )  # as the losses leave them
 
     loop = ReferenceHead(shape.dim, shape.classes, K).to(device)
     loop.prototypes.data.copy_(p.prototypes)
@@ -116,7 +119,7 @@ def contestants(shape: Shape, device: str, compiled: bool) -> dict[str, Callable
 
         def step(own: Tensor, classes: Tensor, embedding: Tensor, total: Tensor) -> None:
             given, moving = head._assign(own, None, classes, None, embedding)
-            head.update(Losses(total, total, total, total, given, embedding, moving, {}))
+            head.update(Losses(total, total, total, total, given, embedding, moving, {}, errors))
 
         taken = through(step)
         return lambda own=own: taken(own, p.classes, p.embedding, total)

@@ -86,7 +86,7 @@ def split_dependence() -> float:
     torch.manual_seed(0)
     centres = planted_centres(CLASSES, K, D, COSINE, generator)
     batch = planted_batch(centres, (2, 25, 40), NOISE, generator)
-    named = {"projection": "none", "start": "data", "assignment": "argmax"}
+    named = {"projection": "none", "preset": "paper", "start": "data"}
     memories = []
     for parts in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
         heads = []
@@ -105,12 +105,12 @@ def main() -> None:
     steps = parser.parse_args().steps
     print("| what | reference | default |\n|---|---|---|")
     row("pixels that move the prototype their losses aim at", *(f"{share:.3f}" for share in draw_agreement()))
-    names = ("reference", "reference_fixed", "default")
+    names = ("reference", "reference_fixed", "paper", "default")
     found = {name: "{:.3f} / {:.3f}".format(*curve({"preset": name}, steps, 0)[steps]) for name in names}
     row(
         f"planted clusters, {steps} steps: purity / pairwise cosine (truth 1 / {COSINE})",
         f"{found['reference']} (reference_fixed: {found['reference_fixed']})",
-        found["default"],
+        f"{found['default']} (paper: {found['paper']})",
     )
     row("one pixel in the whole picture and in its left half: cosine", *(f"{crop_dependence(n):.3f}" for n in NORMS))
     for classes in (19, 150):

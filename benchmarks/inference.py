@@ -81,7 +81,8 @@ def trained(shape: Shape, device: str) -> tuple[PrototypeHead, Tensor]:
     features, labels, centres = training.batch(training.Shape(shape.classes, wide, images=1), SIDE, device)
     torch.manual_seed(0)
     kind = "mlp" if shape.projected else "none"
-    head = PrototypeHead(wide, shape.classes, projection=kind, embed_dim=shape.dim, momentum=0.0).to(device)
+    named = {"projection": kind, "embed_dim": shape.dim, "preset": "paper", "momentum": 0.0}
+    head = PrototypeHead(wide, shape.classes, **named).to(device)  # type: ignore[arg-type]
     if not shape.projected:
         head.prototypes.copy_(centres)
     else:

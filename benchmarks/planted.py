@@ -21,16 +21,19 @@ from protoseg.method.head import PrototypeHead
 
 CLASSES, K, D, COSINE, NOISE = 4, 10, 64, 0.74, 0.3
 REPORT = (1, 20, 100, 300, 1000, 3000)
+MEANS: dict[str, Any] = {"preset": "paper"}
+DATA: dict[str, Any] = {"start": "data"}
 RULES: dict[str, dict[str, Any]] = {
     "default": {},
-    "momentum 0.99": {"momentum": 0.99},
-    "random start, 0.99": {"start": "random", "momentum": 0.99},
-    "data start, 0.99": {"start": "data", "momentum": 0.99},
-    "data start, bias-corrected, 0.99": {"start": "data", "momentum_rule": "bias_corrected", "momentum": 0.99},
-    "data start, bias-corrected": {"start": "data", "momentum_rule": "bias_corrected"},
-    "data start, count-aware, 0.99": {"start": "data", "momentum_rule": "count_aware", "momentum": 0.99},
-    "nearest (no balance), 0.99": {"assignment": "nearest", "momentum": 0.99},
-    "nearest, data start, 0.99": {"assignment": "nearest", "start": "data", "momentum": 0.99},
+    "paper": MEANS,
+    "means, 0.99": MEANS | {"momentum": 0.99},
+    "means, random start, 0.99": MEANS | {"start": "random", "momentum": 0.99},
+    "means, data start, 0.99": MEANS | DATA | {"momentum": 0.99},
+    "means, data start, bias-corrected, 0.99": MEANS | DATA | {"momentum_rule": "bias_corrected", "momentum": 0.99},
+    "means, data start, bias-corrected": MEANS | DATA | {"momentum_rule": "bias_corrected"},
+    "means, data start, count-aware, 0.99": MEANS | DATA | {"momentum_rule": "count_aware", "momentum": 0.99},
+    "means, nearest (no balance), 0.99": MEANS | {"assignment": "nearest", "momentum": 0.99},
+    "means, nearest, data start, 0.99": MEANS | DATA | {"assignment": "nearest", "momentum": 0.99},
     "reference_fixed": {"preset": "reference_fixed"},
     "reference": {"preset": "reference"},
 }

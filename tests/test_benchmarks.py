@@ -56,7 +56,7 @@ def test_contestants_at_inference_give_the_same_answers(projected, monkeypatch):
 def test_costs_are_of_each_variant_of_a_study_with_its_own_head_and_the_same_images():
     found = costs.recipes(Path("studies/synthetic.yaml"))
     small = {n: replace(r, batch_size=2, data=replace(r.data, crop_size=(32, 32))) for n, r in found.items()}
-    steps = {name: costs.Step(small[name], 7, "cpu") for name in ("softmax", "K10", "K10-errors")}
+    steps = {name: costs.Step(small[name], 7, "cpu") for name in ("softmax", "K10", "K10-means")}
     assert len({each.images.sum().item() for each in steps.values()}) == 1
     before = {name: step.model.head.prototypes.clone() for name, step in steps.items() if name != "softmax"}
     for each in steps.values():
@@ -65,4 +65,4 @@ def test_costs_are_of_each_variant_of_a_study_with_its_own_head_and_the_same_ima
         assert not torch.equal(next(each.model.parameters()), weight)
     moved = {name: steps[name].model.head.prototypes - start for name, start in before.items()}
     assert all(bool(by.any()) for by in moved.values())
-    assert not torch.equal(moved["K10"], moved["K10-errors"])
+    assert not torch.equal(moved["K10"], moved["K10-means"])

@@ -40,7 +40,7 @@ DecoderName = Literal[
     "pspnet",
 ]
 HeadName = Literal["prototype", "softmax", "softmax_projected", "cosine", "cosine_subcentres"]
-PresetName = Literal["default", "reference", "reference_fixed"]
+PresetName = Literal["default", "paper", "reference", "reference_fixed"]
 MetricName = Literal["miou", "pixel_accuracy", "mean_accuracy", "boundary_miou", "calibration_error"]
 
 

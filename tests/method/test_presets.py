@@ -9,7 +9,7 @@ from heads import VOID, batch, build, convolutions, reference_weights, seeded
 from oracles import reference
 from oracles.default import mean_pairwise_cosine
 from protoseg.method.head import PrototypeHead
-from protoseg.method.presets import DEFAULT, PRESETS, REFERENCE, REFERENCE_FIXED
+from protoseg.method.presets import DEFAULT, PAPER, PRESETS, REFERENCE, REFERENCE_FIXED
 
 CITYSCAPES_LIKE = [0.8373, 0.9180, 0.8660, 1.0345, 1.0166]
 
@@ -157,8 +157,12 @@ def test_the_default_is_sound():
     assert DEFAULT["assignment"] == "argmax"
     assert DEFAULT["projection_norm"] == "channel"
     assert DEFAULT["score_norm"] == "none"
-    assert DEFAULT["update_from"] == "all"
     assert DEFAULT["across_ranks"] == "exact"
+
+
+def test_the_default_differs_from_the_paper_in_how_prototypes_move_alone():
+    assert {name for name in DEFAULT if DEFAULT[name] != PAPER[name]} == {"update_from", "momentum"}
+    assert (PAPER["update_from"], PAPER["momentum"]) == ("all", 0.999)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

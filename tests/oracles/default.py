@@ -52,6 +52,7 @@ class Step:
     assignment: Tensor  # (B, h, w)
     log_plan: Tensor  # (N, K)
     embedding: Tensor  # (N, D) unit
+    errors: Tensor  # (N, C) what the classes get wrong, in units of a pixel
 
 
 def step(
@@ -113,6 +114,10 @@ def step(
     fine = upsample(scores, labels.shape[1:], align_corners)
     ce = cross_entropy(fine.permute(0, 2, 3, 1).reshape(-1, classes), labels.reshape(-1), class_weights)
     total = ce + contrast_weight * ppc + distance_weight * ppd
+    (slope,) = torch.autograd.grad(ce, scores, retain_graph=True)
+    weights = torch.ones(classes, dtype=torch.float64) if class_weights is None else class_weights.double()
+    mass = weights[labels[labels >= 0]].sum()
+    errors = -slope * mass * (height * width) / (labels.shape[1] * labels.shape[2])
     (gradient,) = torch.autograd.grad(total, features)
     assignment = assignment.reshape(batch, height, width)
     return Step(
@@ -125,7 +130,28 @@ def step(
         assignment,
         log_plan,
         x.detach(),
+        errors.permute(0, 2, 3, 1).reshape(-1, classes),
     )
+
+
+def error_sums(x: Tensor, assignment: Tensor, p: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (C, K, D) and counts (C, K) by which prototypes move that learn from errors: one pixel, one class at a time.
+
+    A pixel's error of its own class goes to the prototype it was given, those of the others to their nearest.
+    """
+    classes, k, d = p.shape
+    sums, counts = torch.zeros(classes, k, d, dtype=torch.float64), torch.zeros(classes, k, dtype=torch.float64)
+    for i in range(len(x)):
+        given = int(assignment[i])
+        for c in range(classes):
+            if given >= 0 and given // k == c:
+                j = given % k
+                counts[c, j] += 1
+            else:
+                cosines = [float(x[i] @ p[c, m]) for m in range(k)]
+                j = cosines.index(max(cosines))
+            sums[c, j] += errors[i, c] * x[i]
+    return sums, counts
 
 
 class Memory:
@@ -143,10 +169,12 @@ class Memory:
         self.weight = torch.full(self.p.shape[:2], weight, dtype=torch.float64)
         self.rule, self.mu, self.cap = rule, mu, cap
 
-    def update(self, x: Tensor, assignment: Tensor, keep: Tensor | None = None) -> None:
-        """x: (N, D) unit embeddings; assignment: (N,) prototype id or -1; keep: (N,) pixels that may update."""
+    def update(self, x: Tensor, assignment: Tensor, keep: Tensor | None = None, errors: Tensor | None = None) -> None:
+        """x: (N, D) unit embeddings; assignment: (N,) prototype id or -1; keep: (N,) pixels that may update; errors:
+        (N, C) to move by."""
         assignment = assignment.reshape(-1)
         classes, k, _ = self.p.shape
+        wrong = None if errors is None else error_sums(x, assignment, self.p, errors)[0]
         for c in range(classes):
             for j in range(k):
                 mine = assignment == c * k + j
@@ -155,7 +183,7 @@ class Memory:
                 n = int(mine.sum())
                 if n == 0:
                     continue
-                s = x[mine].double().sum(0)
+                s = x[mine].double().sum(0) if wrong is None else wrong[c, j]
                 first = float(self.weight[c, j]) == 0
                 q = min(n, self.cap) if self.rule == "count_aware" else 1.0
                 self.weight[c, j] = self.mu * self.weight[c, j] + q

@@ -31,9 +31,10 @@ def add(band: Band, cosines: Tensor, embedding: Tensor) -> None:
     """
     errors, classes, taken, lacking = band
     own = classes.clamp(min=0)[None]  # 1 n
-    mine = errors.gather(0, own) * (classes >= 0)
+    picked = errors.gather(0, own)
+    mine = picked * (classes >= 0)
     lacking.copy_(mine[0])
-    others = errors.scatter_add(0, own, -mine)
+    others = errors.scatter(0, own, picked - mine)
     table = cosines.view(len(errors), -1, len(classes))  # C K n
     weights = torch.zeros_like(table).scatter_(1, table.argmax(1, keepdim=True), others[:, None])
     taken.addmm_(weights.flatten(0, 1), embedding)

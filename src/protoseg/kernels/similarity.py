@@ -160,8 +160,8 @@ def sweep(
         from protoseg.kernels.gpu import cross_entropy as fused_cross_entropy
     whole = fused and h * w <= columns  # every band is of whole images
     # The cross-entropy's kernels then take cosines for scores and give the gradient to them, in their place: not where
-    # errors are those of the scores, or where drawn negatives want the cosines afterwards.
-    plain_scores = s.layer_norm is None and batch.negatives is None and not errors
+    # drawn negatives want the cosines afterwards.
+    plain_scores = s.layer_norm is None and batch.negatives is None
     scaled = fused and (whole or not resized) and plain_scores
     if resized and not (whole or only_own):
         kind = (s.align_corners, batch.embedding.dtype, batch.embedding.device)
@@ -307,7 +307,8 @@ def sweep(
         swept.log_scale = _joined(slopes).sum() if slopes else torch.zeros_like(scale)
     swept.own = swept.own.T
     if swept.taken is not None and swept.lacking is not None:  # from minus the gradient of a mean to units of a pixel
-        unit = -(h * w) / (height * width) / batch.label_share
+        of_a_label = (h * w) / (height * width) if resized else 1.0
+        unit = -of_a_label / (batch.label_share * scale if scaled else batch.label_share)
         swept.taken.mul_(unit)
         swept.lacking.mul_(unit)
     return swept

@@ -412,6 +412,8 @@ class PrototypeHead(nn.Module):
         summed = None
         if self.update_from == "errors":
             wrong = [batch.errors for batch in batches if batch.errors is not None]
+            if len(wrong) < len(batches):
+                raise ValueError('update_from="errors" needs what `losses` found wrong; these losses hold no errors')
             taken = sum((errors.taken for errors in wrong[1:]), wrong[0].taken)
             errors = Errors(taken, _joined([errors.lacking for errors in wrong]))
             summed = error_sums(embedding, moving, errors, self._total)

@@ -92,8 +92,9 @@ def errors_by_prototype(embedding: Tensor, similarity: Tensor, errors: Tensor, c
     """
     C = errors.shape[1]
     known, own = (classes >= 0)[:, None], classes.clamp(min=0)[:, None]  # N 1
-    mine = errors.gather(1, own) * known
-    others = errors.scatter_add(1, own, -mine)
+    picked = errors.gather(1, own)
+    mine = picked * known
+    others = errors.scatter(1, own, picked - mine)
     nearest = similarity.unflatten(1, (C, -1)).argmax(2, keepdim=True)  # N C 1
     weights = torch.zeros_like(similarity).unflatten(1, (C, -1)).scatter_(2, nearest, others[..., None])
     return Errors(weights.flatten(1).T @ embedding, mine[:, 0])

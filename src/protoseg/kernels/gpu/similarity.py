@@ -466,7 +466,7 @@ def best_of_each_class(way: str, embedding: Tensor, prototypes: Tensor) -> Tenso
 
 
 LOG2E = 1.4426950408889634
-ERROR_TABLE = 16_000_000  # weights of errors that may exist at once, where the product is PyTorch's
+ERROR_TABLE = 32_000_000  # weights of errors that may exist at once, where the product is PyTorch's
 MERGED = 256  # pixels of a program that merges log-sum-exps
 
 
