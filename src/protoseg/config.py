@@ -138,8 +138,8 @@ class Head:
         kind: `prototype`; or a parametric baseline: `softmax` (a plain 1x1), `softmax_projected` (behind the same
             projection), `cosine` (one learned unit vector a class behind the same projection), `cosine_subcentres`
             (`num_prototypes` of them a class).
-        preset: `default`; `reference` is the 2022 code step for step, `reference_fixed` its constants without its
-            mistakes. The settings below override it.
+        preset: `default`; `paper` moves prototypes by means and slowly, as the paper does; `reference` is the 2022 code
+            step for step, `reference_fixed` its constants without its mistakes. The settings below override it.
         num_prototypes: K, per class.
         embed_dim: D, channels the prototypes live in; default 256, of `reference` as many as the decoder gives.
         projection: layers between decoder and prototypes.

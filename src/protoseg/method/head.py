@@ -108,8 +108,9 @@ class PrototypeHead(nn.Module):
         num_prototypes: K per class.
         embed_dim: D; default 256 with a projection (the preset `reference`: as many as `in_channels`).
         projection: `mlp`, `linear` or `none`.
-        preset: `default`, `reference` (the 2022 code, step for step) or `reference_fixed` (its constants, with the
-            norm over channels and one arg-max assignment). Each argument below overrides the preset's value.
+        preset: `default`; `paper` (the same, moved as Eq. (8) says: `update_from="all"`, `momentum=0.999`); `reference`
+            (the 2022 code, step for step) or `reference_fixed` (its constants, with the norm over channels and one
+            arg-max assignment). Each argument below overrides the preset's value.
         ignore_index: the void label.
         class_weights: C numbers, weights of the cross-entropy.
         projection_norm: `channel`, or `width` (the reference's mistake).

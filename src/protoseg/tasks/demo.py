@@ -33,8 +33,6 @@ from protoseg.tasks.training import train
 
 MARK = ".protoseg-demo"  # a folder that holds it is an earlier demo, and may be replaced
 HEADS: dict[str, HeadName] = {"softmax": "softmax_projected", "prototypes": "prototype"}
-# So short a run is over before prototypes that move by 0.999, or start side by side, have parted by looks.
-QUICK: dict[str, Any] = {"start": "random", "momentum": 0.99}
 PATCH = 14  # half the side of a patch around a typical place, in pixels
 SHOWN = 6  # landscapes on the page
 
@@ -67,7 +65,7 @@ def demo(
         recipe = Recipe(
             data=data,
             model=Model(network="tiny"),
-            head=Head(kind=kind, num_prototypes=num_prototypes, embed_dim=64, **QUICK),
+            head=Head(kind=kind, num_prototypes=num_prototypes, embed_dim=64),
             optim=Optim(lr=1e-2, warmup_steps=min(20, steps // 5)),
             evaluation=Evaluation(boundary=True),
             steps=steps,
