@@ -68,6 +68,24 @@ def a_broken_pixel_spoils_its_own_prototype_only(rule, device="cpu"):
     assert not torch.equal(memory.idle[[0, 2]], idle[[0, 2]])
 
 
+def a_sum_without_a_direction_changes_no_bit(rule, device="cpu"):
+    """Neither of pixels that cancel nor of errors that are none, though the start weighs nothing or mu is 0."""
+    memory = remember(3, 4, 6, device=device)
+    memory.weight[0] = 0
+    before = copied(memory)
+    x, _ = pixels(0, 12, 6, 12, device=device)
+    opposite = torch.arange(12, device=device).repeat(2)  # prototype i is given pixel i and its opposite
+    move(memory, torch.cat([x, -x]), opposite, rule=rule)
+    assert all(torch.equal(a, b) for a, b in zip(memory, before))
+    counts = torch.full((12,), 2.0, dtype=x.dtype, device=device)
+    for size in (0.0, 1e-13, 1.0):
+        memory = copied(before)
+        verdict = x.new_tensor(0.0)
+        move_(memory, x, opposite[:12], verdict, momentum=0.0, rule=rule, count_cap=3.0, summed=(size * x, counts))
+        assert all(torch.equal(a, b) for a, b in zip(memory, before)) == (size < 1)
+        assert_close(memory.prototypes.norm(dim=2), torch.ones_like(memory.weight), rtol=0, atol=1e-12)
+
+
 def the_longest_idle_gives_way_to_the_first_of_the_worst_served(dtype=torch.float64, device="cpu"):
     memory = remember(2, 3, 4, dtype=dtype, device=device)
     memory.idle.copy_(torch.tensor([[5.0, 9, 9], [2, 0, 1]]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from protoseg.cli import parse, recipe_of
-from protoseg.models import build
+from protoseg.models import build, written_out
 from protoseg.tasks.machine import Machine
 from protoseg.tasks.training import check
 
@@ -59,7 +59,8 @@ def test_the_papers_protocol():
         assert recipe.data.crop_size == ((512, 512) if small else (768, 768))
         assert recipe.steps == (80_000 if cell.startswith("coco") else 160_000)
         assert recipe.evaluation.mode == ("whole" if small else "slide")
-        assert recipe.head.momentum == 0.999
+        assert written_out(recipe.head).momentum == 0.999
+        assert written_out(recipe.head).update_from == "all"
         assert recipe.head.num_prototypes == 10
         convolutional = "fcn" in cell or "hrnet" in cell
         assert (recipe.optim.name, recipe.optim.lr) == (("sgd", 0.01) if convolutional else ("adamw", 6e-5))

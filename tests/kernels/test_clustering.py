@@ -196,6 +196,11 @@ def test_a_verdict_that_is_not_finite_changes_no_bit(way, value):
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_a_sum_without_a_direction_changes_no_bit(way, rule):
+    memories.a_sum_without_a_direction_changes_no_bit(rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_a_broken_pixel_spoils_its_own_prototype_only(way, rule):
     memories.a_broken_pixel_spoils_its_own_prototype_only(rule)
 

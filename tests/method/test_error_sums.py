@@ -206,3 +206,17 @@ def test_without_a_labelled_pixel_nothing_moves():
     features, labels = batch()
     one.update(one.losses(features, torch.full_like(labels, 255)))
     assert torch.equal(one.prototypes, before)
+
+
+@pytest.mark.parametrize("rule", ["constant", "bias_corrected", "count_aware"])
+@pytest.mark.parametrize("start", ["nested", "data"])
+def test_prototypes_stay_of_unit_length_when_nothing_is_wrong_any_more(rule, start):
+    """Two classes that are told apart at once, so that errors fall below what fp32 can hold."""
+    torch.manual_seed(0)
+    one = PrototypeHead(D, 2, num_prototypes=2, projection="none", momentum_rule=rule, start=start, score_scale=100.0)
+    labels = torch.arange(2).repeat(1, 8, 8)
+    features = torch.zeros(1, D, 8, 16)
+    features[:, 0] = torch.where(labels == 0, 1.0, -1.0)
+    for _ in range(300):
+        one.update(one.losses(features + 0.1 * torch.randn_like(features), labels))
+        assert_close(one.prototypes.norm(dim=2), torch.ones(2, 2), rtol=0, atol=1e-5)

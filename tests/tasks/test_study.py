@@ -19,6 +19,7 @@ import torch
 
 from protoseg.cli import varied
 from protoseg.config import Head, Study, UserError
+from protoseg.method.presets import PRESETS
 from protoseg.models import saving
 from protoseg.tasks import study as runner
 from protoseg.tasks.run_folder import flat
@@ -121,8 +122,8 @@ def test_cells_of_a_seed_differ_in_nothing_but_the_variant(build, tmp_path):
     ]
     assert {cell.recipe.seed for cell in cells[:3]} == {0}
     assert {cell.recipe.data.length for cell in cells} == {12}
-    one, three = (flat(settings_of(cell.recipe)) for cell in (cells[0], cells[2]))
-    assert {name for name in one if one[name] != three[name]} == {"head.kind", "head.num_prototypes"}
+    one, three = (flat(asdict_of(cell.recipe)) for cell in (cells[0], cells[2]))
+    assert {name for name in one if one[name] != three[name]} == {"head.kind", "head.num_prototypes", "out"}
     assert cells[2].recipe.head == Head(num_prototypes=1, embed_dim=8)
 
 
@@ -249,6 +250,14 @@ def test_a_changed_setting_is_refused_and_named(build, stand_in, tmp_path):
         study(folder, changed, build)
     study(folder, replace(PLAN, seeds=(0,), overrides={"data.workers": 1}), build)  # changes no number
     assert len(order(folder)) == 3
+
+
+def test_a_cell_is_not_continued_once_its_preset_means_something_else(build, stand_in, tmp_path, monkeypatch):
+    folder, plan = tmp_path / "s", replace(PLAN, seeds=(0,))
+    study(folder, plan, build, threads=1)
+    monkeypatch.setitem(PRESETS["default"], "kappa", 0.5)
+    with pytest.raises(UserError, match=r"was run with other settings: head.kappa was 0.05, now 0.5"):
+        study(folder, plan, build)
 
 
 def test_a_cell_from_before_a_setting_existed_is_still_the_same(build, stand_in, tmp_path):

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from protoseg.config import Data, DataError, Evaluation, Head, Model, Optim, Recipe, UserError
+from protoseg.method.presets import PRESETS
 from protoseg.models import saving
 from protoseg.tasks import machine, run_folder, training
 from protoseg.tasks.machine import Machine
@@ -361,6 +362,13 @@ def test_a_run_continues_only_with_its_own_settings(whole):
     run, _ = whole
     with pytest.raises(UserError, match=r"optim.lr was 0.001, now 0.1"):
         train(small(run, resume="auto", optim=Optim(lr=0.1)))
+
+
+def test_a_run_does_not_continue_once_its_preset_means_something_else(whole, monkeypatch):
+    run, _ = whole
+    monkeypatch.setitem(PRESETS["default"], "kappa", 0.5)
+    with pytest.raises(UserError, match=r"head.kappa was 0.05, now 0.5"):
+        train(small(run, resume="auto"))
 
 
 def test_a_finished_run_can_be_resumed_and_changes_nothing(whole):

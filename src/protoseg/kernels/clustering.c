@@ -215,11 +215,9 @@ static REAL NAME(at_least)(REAL x, REAL least) { return x < least ? least : x; }
 /* Eq. (8) for one prototype that was hit `count` times, in place. See `prototypes.momentum_step`. */
 static void NAME(move_one)(REAL *prototype, REAL *weight, REAL *length, const REAL *sum, REAL count, int64_t D,
                            double momentum, int64_t rule, double cap) {
-  REAL all = 0;
-#pragma omp simd reduction(+ : all)
-  for (int64_t d = 0; d < D; d++) all += sum[d];
-  if (!isfinite(all)) return;
-  REAL q = 1, old = 1, mean = 1 / NAME(at_least)(NAME(length)(sum, D), (REAL)1e-12);
+  REAL size = NAME(length)(sum, D);
+  if (!isfinite(size) || size < (REAL)HELD) return;
+  REAL q = 1, old = 1, mean = 1 / size;
   if (rule == COUNT_AWARE) {
     q = count < cap ? count : (REAL)cap;
     old = *length;
@@ -228,11 +226,16 @@ static void NAME(move_one)(REAL *prototype, REAL *weight, REAL *length, const RE
   REAL held = (REAL)momentum * *weight + q, step = q / NAME(at_least)(held, (REAL)1e-12);
   if (rule == CONSTANT) step = *weight > 0 ? (REAL)(1 - momentum) : 1;
   old *= 1 - step, mean *= step;
+  REAL square = 0;
+#pragma omp simd reduction(+ : square)
+  for (int64_t d = 0; d < D; d++) {
+    REAL moved = old * prototype[d] + mean * sum[d];
+    square += moved * moved;
+  }
+  REAL now = (REAL)sqrt(square);
+  if (!(now >= (REAL)HELD)) return;
 #pragma omp simd
-  for (int64_t d = 0; d < D; d++) prototype[d] = old * prototype[d] + mean * sum[d];
-  REAL now = NAME(length)(prototype, D), shrink = 1 / NAME(at_least)(now, (REAL)1e-12);
-#pragma omp simd
-  for (int64_t d = 0; d < D; d++) prototype[d] *= shrink;
+  for (int64_t d = 0; d < D; d++) prototype[d] = (old * prototype[d] + mean * sum[d]) / now;
   *weight = held;
   if (rule == COUNT_AWARE) *length = now;
 }

@@ -22,6 +22,7 @@ MomentumRule = Literal["constant", "bias_corrected", "count_aware"]
 NESTED = 0.8  # cosine of a nested prototype with its class's direction; 0.64 with its siblings
 USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
 DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
+SHORTEST = 1e-12  # vector with a direction; `similarity.unit` holds lengths at it
 CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
 
 
@@ -159,8 +160,9 @@ def momentum_step(
     `constant` is the paper's rule. `bias_corrected` divides by the weight seen so far, (1 - mu) / (1 - mu^hits), so
     that all hits count alike until there are many; it differs from `constant` only where the start counts for nothing
     (`start="data"`). `count_aware` weighs a step by its pixels (up to `count_cap`) and averages the means
-    themselves, not their directions, so a step of 5 pixels moves less than one of 50,000. A prototype without a
-    pixel, or with a sum that is not finite, keeps its bits.
+    themselves, not their directions, so a step of 5 pixels moves less than one of 50,000. A prototype keeps its bits
+    without a pixel, with a sum that is not finite, and where sum or result has no direction (`SHORTEST`), as a sum of
+    errors has none where a class lacks nothing.
 
     Args:
         prototypes: (C, K, D) unit vectors.
@@ -173,7 +175,8 @@ def momentum_step(
         The new prototypes, weight and length.
     """
     sums, counts = sums.view_as(prototypes), counts.view_as(weight)
-    hit = (counts > 0) & sums.sum(-1).isfinite()  # C K; a sum of unit vectors cannot overflow by itself
+    size = torch.linalg.vector_norm(sums, dim=-1)
+    hit = (counts > 0) & size.isfinite() & (size >= SHORTEST)  # C K
     q = counts.clamp(max=count_cap) if rule == "count_aware" else torch.ones_like(weight)
     new_weight = momentum * weight + q
     step = q / new_weight.clamp(min=1e-12)  # C K
@@ -185,7 +188,9 @@ def momentum_step(
     else:
         old, mean = prototypes, unit(sums)
     moved = (1 - step) * old + step * mean
-    new_length = torch.linalg.vector_norm(moved, dim=-1) if rule == "count_aware" else length
+    reached = torch.linalg.vector_norm(moved, dim=-1)
+    hit = hit & (reached >= SHORTEST)
+    new_length = reached if rule == "count_aware" else length
     return (
         torch.where(hit[..., None], unit(moved), prototypes),
         torch.where(hit, new_weight, weight),

@@ -45,13 +45,14 @@ def assemble(
         backbone.std,
         auxiliary_weight=model.auxiliary_weight,
         freeze_backbone=model.freeze_backbone,
-        settings=(model, _written_out(head, classifier)),
+        settings=(model, written_out(head, embed_dim=classifier.embed_dim)),
     )
 
 
-def _written_out(head: Head, built: Any) -> Head:
-    """`head` with what its preset says today in place of None: new defaults must not change a saved model."""
-    known = {**(PRESETS[head.preset] if head.kind == "prototype" else {}), "embed_dim": built.embed_dim}
+def written_out(head: Head, **known: Any) -> Head:
+    """`head` with what its preset says today, or `known`, in place of None: new defaults must not change a saved model,
+    nor a run that began before them."""
+    known |= PRESETS[head.preset] if head.kind == "prototype" else {}
     unsaid = [name for name, value in dataclasses.asdict(head).items() if value is None]
     return dataclasses.replace(head, **{name: known[name] for name in unsaid if name in known})
 

@@ -30,9 +30,10 @@ from typing import Any
 import torch
 import yaml
 
-from protoseg.config import DataError, Recipe, UserError
+from protoseg.config import DataError, Head, Recipe, UserError
 from protoseg.data.catalog import Source
 from protoseg.engine.checkpoints import read_checkpoint
+from protoseg.models import written_out
 from protoseg.tasks.machine import Machine
 
 LAST = Path("checkpoints", "last.ckpt")
@@ -117,12 +118,23 @@ def resume_from(recipe: Recipe, first: bool = True) -> Path | None:
 
 def settings_to_keep(recipe: Recipe, machine: Machine) -> dict[str, Any]:
     """The settings a continued run must share with the one that wrote the checkpoint, as flat plain data."""
-    kept = {name: value for name, value in flat(dataclasses.asdict(recipe)).items() if not _free(name)}
+    kept = {name: value for name, value in written(recipe).items() if not _free(name)}
     return {**kept, "accumulate": machine.accumulate}
 
 
 def _free(name: str) -> bool:
     return any(name == free or name.startswith(f"{free}.") for free in FREE)
+
+
+def written(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its dotted name, the head's with what its preset says."""
+    return flat(dataclasses.asdict(dataclasses.replace(recipe, head=written_out(recipe.head))))
+
+
+def usual(kept: dict[str, Any]) -> dict[str, Any]:
+    """What settings that did not exist when `kept` was written are taken to have been."""
+    names = {name: kept[f"head.{name}"] for name in ("kind", "preset") if f"head.{name}" in kept}
+    return written(Recipe(head=Head(**names)))
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -146,11 +158,11 @@ def check_resume(checkpoint: Path, settings: dict[str, Any], steps: int) -> int:
     kept: dict[str, Any] = next(
         (state["settings"] for state in content["callbacks"].values() if "settings" in state), {}
     )
-    usual = flat(dataclasses.asdict(Recipe()))  # of settings that did not exist when the checkpoint was written
+    before = usual(kept) | kept
     changed = [
-        f"{name} was {kept.get(name, usual.get(name))!r}, now {value!r}"
+        f"{name} was {before.get(name)!r}, now {value!r}"
         for name, value in sorted(settings.items())
-        if kept.get(name, usual.get(name)) != value
+        if before.get(name) != value
     ]
     if changed:
         raise UserError(

@@ -116,7 +116,7 @@ def cells_of(folder: Path, plan: Study, variants: dict[str, dict[str, Any]], bui
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """What a cell's numbers depend on, flat plain data without paths."""
-    kept = {name: value for name, value in run_folder.flat(dataclasses.asdict(recipe)).items() if name not in NEUTRAL}
+    kept = {name: value for name, value in run_folder.written(recipe).items() if name not in NEUTRAL}
     described = Path(recipe.data.file)
     text = described.read_bytes() if recipe.data.file and described.is_file() else b""
     return {
@@ -144,11 +144,11 @@ def check_kept(cell: Cell) -> None:
         if (cell.folder / "config.yaml").is_file():
             raise UserError(f"{cell.folder} holds a run that is no part of a study; choose another NAME or remove it")
         return
-    usual = settings_of(Recipe())  # of settings that did not exist when the cell began
+    before = settings_of(Recipe()) | run_folder.usual(kept) | kept
     changed = [
-        f"{name} was {kept.get(name, usual.get(name))!r}, now {value!r}"
+        f"{name} was {before.get(name)!r}, now {value!r}"
         for name, value in settings_of(cell.recipe).items()
-        if kept.get(name, usual.get(name)) != value
+        if before.get(name) != value
     ]
     if changed:
         raise UserError(

@@ -50,7 +50,8 @@ def _momentum(
             sums = _added(runs, starts, p, d, D, WIDE, R, ACC)
         else:
             sums = tl.load(runs + p * D + d, mask=d < D, other=0.0)
-        if _finite(tl.sum(sums, 0)):  # a sum of unit vectors cannot overflow by itself
+        size = tl.sqrt(tl.sum(sums * sums, 0))
+        if _finite(size) & (size >= tl.full((), SHORTEST, ACC)):
             held = tl.load(weight + p)
             old = tl.load(prototypes + p * D + d, mask=d < D, other=0.0)
             one, momentum = tl.full((), 1.0, ACC), tl.full((), MOMENTUM, ACC)
@@ -62,11 +63,14 @@ def _momentum(
                 step = part / tl.maximum(heavier, tl.full((), SHORTEST, ACC))
             if RULE == 2:
                 moved = (1 - step) * (old * tl.load(length + p)) + step * (sums / count)
-                tl.store(length + p, tl.sqrt(tl.sum(moved * moved, 0)))
             else:
-                moved = (1 - step) * old + step * _unit(sums)
-            tl.store(prototypes + p * D + d, _unit(moved), mask=d < D)
-            tl.store(weight + p, heavier)
+                moved = (1 - step) * old + step * (sums / size)
+            reached = tl.sqrt(tl.sum(moved * moved, 0))
+            if reached >= tl.full((), SHORTEST, ACC):
+                tl.store(prototypes + p * D + d, moved / reached, mask=d < D)
+                tl.store(weight + p, heavier)
+                if RULE == 2:
+                    tl.store(length + p, reached)
 
 
 @triton.jit

@@ -282,9 +282,9 @@ def _error_weights(
     errors, errors_stride, ties, ties_stride, classes, lacking, out, n, C,
     K: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): prototypes [i*P, i*P + P), pixels [j*R, j*R + R) of the (C*K, n) table `out`."""
-    place = tl.program_id(0) * P + tl.arange(0, P)
-    row = (tl.program_id(1) * R + tl.arange(0, R)).to(tl.int64)
+    """Program (i, j): pixels [i*R, i*R + R), prototypes [j*P, j*P + P) of the (C*K, n) table `out`."""
+    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    place = tl.program_id(1) * P + tl.arange(0, P)
     weights = _nearest_errors(
         errors, errors_stride, ties, ties_stride, classes, lacking, place, row, row < n, C, True, K
     )
@@ -520,7 +520,7 @@ def add_errors(cosines: Cosines, band: Band, ties: Tensor, start: int, end: int)
             weights = x.new_empty(C * K, part.stop - part.start)
             known = _known(band.errors[:, part], ties[:, part], band.classes[part], band.lacking[part])
             with launching_on(x):
-                _error_weights[strips, triton.cdiv(weights.shape[1], b.rows)](
+                _error_weights[triton.cdiv(weights.shape[1], b.rows), strips](
                     *known, weights, weights.shape[1], C, K=K, P=b.classes, R=b.rows, num_warps=b.warps
                 )
             band.taken.addmm_(weights, x[part])
