@@ -176,7 +176,7 @@ def momentum_step(
     """
     sums, counts = sums.view_as(prototypes), counts.view_as(weight)
     size = torch.linalg.vector_norm(sums, dim=-1)
-    hit = (counts > 0) & size.isfinite() & (size >= SHORTEST)  # C K
+    hit = (counts > 0) & (size >= SHORTEST) & (size < torch.inf)  # C K; of nan neither holds
     q = counts.clamp(max=count_cap) if rule == "count_aware" else torch.ones_like(weight)
     new_weight = momentum * weight + q
     step = q / new_weight.clamp(min=1e-12)  # C K
@@ -186,13 +186,13 @@ def momentum_step(
     if rule == "count_aware":
         old, mean = prototypes * length[..., None], sums / counts.clamp(min=1)[..., None]
     else:
-        old, mean = prototypes, unit(sums)
+        old, mean = prototypes, sums / size[..., None]
     moved = (1 - step) * old + step * mean
     reached = torch.linalg.vector_norm(moved, dim=-1)
     hit = hit & (reached >= SHORTEST)
     new_length = reached if rule == "count_aware" else length
     return (
-        torch.where(hit[..., None], unit(moved), prototypes),
+        torch.where(hit[..., None], moved / reached[..., None], prototypes),
         torch.where(hit, new_weight, weight),
         torch.where(hit, new_length, length),
     )
