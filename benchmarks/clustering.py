@@ -100,9 +100,8 @@ def contestants(shape: Shape, device: str, compiled: bool) -> dict[str, Callable
     p = problem(shape, device)
     total = torch.ones((), device=device)
     own = own_cosines(p)
-    errors = Errors(
-        torch.randn_like(p.prototypes).flatten(0, 1), torch.rand_like(own[:, 0])
-    )  # as the losses leave them
+    # What the losses leave to be moved by: any numbers cost the same.
+    errors = Errors(taken=torch.randn_like(p.prototypes).flatten(0, 1), lacking=torch.rand_like(own[:, 0]))
 
     loop = ReferenceHead(shape.dim, shape.classes, K).to(device)
     loop.prototypes.data.copy_(p.prototypes)

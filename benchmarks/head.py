@@ -106,10 +106,9 @@ def contestants(shape: Shape, side: int, device: str, compiled: bool = False) ->
     features.requires_grad_(True)
     loop = ReferenceHead(shape.dim, shape.classes, K).to(device)
     loop.prototypes.data.copy_(centres)
-    named: dict[str, dict] = {name: {"preset": name} for name in ("default", "paper", "reference")}
     heads = {
-        name: PrototypeHead(shape.dim, shape.classes, projection="none", embed_dim=shape.dim, **settings).to(device)
-        for name, settings in named.items()
+        name: PrototypeHead(shape.dim, shape.classes, projection="none", embed_dim=shape.dim, preset=name).to(device)
+        for name in ("default", "paper", "reference")
     }
     for head in heads.values():
         head.prototypes.copy_(centres)
