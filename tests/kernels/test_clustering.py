@@ -10,7 +10,8 @@ from memories import RULES, copied, move, pixels, remember, step
 from protoseg import kernels
 from protoseg.kernels import clustering_cpu
 from protoseg.method import clustering, ranks
-from protoseg.method.prototypes import assigned_sums
+from protoseg.method.losses import Errors
+from protoseg.method.prototypes import assigned_sums, error_sums
 
 # the last are the lines that a GPU takes without Triton, on a CPU
 ways = pytest.mark.parametrize("way", ["C", "PyTorch", "PyTorch on a GPU"], indirect=True)
@@ -108,11 +109,17 @@ def test_sorted_sums_are_the_sums(way, seed, n, count):
     g = seeded(seed)
     rows = torch.randn(n, 5, generator=g, dtype=torch.float64)
     index = torch.randint(-1, count, (n,), generator=g)
+    weights = torch.randn(n, 2, generator=g, dtype=torch.float64)[:, 0]  # strided
+    errors = Errors(torch.randn(count, 5, generator=g, dtype=torch.float64), weights)
     sums, counts = assigned_sums(rows, index, count)
+    weighted, as_many = error_sums(rows, index, errors)
     with kernels.plain_only():
         true_sums, true_counts = assigned_sums(rows, index, count)
+        true_weighted, _ = error_sums(rows, index, errors)
     assert_close(sums, true_sums, rtol=0, atol=1e-13)
+    assert_close(weighted, true_weighted, rtol=0, atol=1e-13)
     assert torch.equal(counts, true_counts)
+    assert torch.equal(as_many, true_counts)
 
 
 @ways
@@ -253,6 +260,7 @@ def test_operators_keep_what_they_promise_a_compiler(compiled):
         (ops.next_sums, (ordered, starts, sums)),
         (ops.largest_mass, (ordered, order, starts, sums, table[:, 3], own, 3, False)),
         (ops.segment_sums, (x, moving, 12)),
+        (ops.segment_sums, (x, moving, 12, x[:, 0].contiguous())),
         (ops.move_, (*remember(4, 3, 5)[:3], x, moving, sound, 0.9, "constant", 5.0)),
         (
             ops.momentum_step_,

@@ -131,8 +131,9 @@ def test_segments_compile_for_hopper(k, d, dtype, monkeypatch):
     own, target = torch.zeros(k, 64, dtype=dtype).T, torch.zeros(64, dtype=torch.int64)
     for total in (None, lambda table: table):  # the first takes factors from runs, the second from a table
         segments.balanced_index(own, target, 19, 0.05, 2, k, total is None, total)
-    segments.segment_sums(torch.zeros(64, d, dtype=dtype), target, 190)
-    assert [len(kernels) for kernels in found] == [4, 2, 2, 1, 1]
+    for weights in (None, torch.zeros(64, dtype=dtype)):
+        segments.segment_sums(torch.zeros(64, d, dtype=dtype), target, 190, weights)
+    assert [len(kernels) for kernels in found] == [4, 2, 2, 2, 2]
     for kernel in (kernel for kernels in found for kernel in kernels):
         assert kernel.metadata.shared <= SHARED
         assert "atom." not in kernel.asm["ptx"]

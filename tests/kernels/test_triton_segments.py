@@ -119,10 +119,14 @@ def test_sums_and_numbers_are_those_of_the_definition(n, d, count, layout, tiles
     rows = torch.randn(n, d, generator=g, dtype=torch.float64).to(DEVICE)
     rows = rows if layout == "rows" else rows.T.contiguous().T
     index = torch.randint(-1, count, (n,), generator=g).to(DEVICE)
+    weights = torch.randn(n, 2, generator=g, dtype=torch.float64).to(DEVICE)[:, 0]
     sums, counts = segments.segment_sums(rows, index, count)
+    weighted, _ = segments.segment_sums(rows, index, count, weights)
     with kernels.plain_only():
         true_sums, true_counts = assigned_sums(rows, index, count)
+        true_weighted, _ = assigned_sums(rows * weights[:, None], index, count)
     assert_close(sums, true_sums, rtol=0, atol=1e-13)
+    assert_close(weighted, true_weighted, rtol=0, atol=1e-13)
     assert torch.equal(counts, true_counts)
 
 

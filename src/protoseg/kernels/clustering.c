@@ -180,25 +180,27 @@ int NAME(largest_mass)(const REAL *sorted, int64_t n, int64_t K, int64_t C, cons
   return free(blocks), free(factor), DONE;
 }
 
-/* Sum of some of the rows (., D), from the first to the last. */
-static void NAME(sum_of)(const REAL *rows, const int32_t *order, int64_t count, int64_t D, REAL *sum) {
+/* Sum of some of the rows (., D), from the first to the last, each times its weight, or NULL. */
+static void NAME(sum_of)(const REAL *rows, const REAL *weights, const int32_t *order, int64_t count, int64_t D,
+                         REAL *sum) {
   for (int64_t d = 0; d < D; d++) sum[d] = 0;
   for (int64_t i = 0; i < count; i++) {
+    const REAL weight = weights ? weights[order[i]] : 1;
     const REAL *row = rows + order[i] * D, *soon = rows + order[i + AHEAD < count ? i + AHEAD : i] * D;
     for (int64_t d = 0; d < D; d += LINE / sizeof(REAL)) PREFETCH(soon + d);
 #pragma omp simd
-    for (int64_t d = 0; d < D; d++) sum[d] += row[d];
+    for (int64_t d = 0; d < D; d++) sum[d] += weight * row[d];
   }
 }
 
 /* Sum and number of the rows of each index.
-   rows: (n, D), of which order and starts are those of group_by_class. sums: (count, D). counts: (count). */
-int NAME(segment_sums)(const REAL *rows, const int32_t *order, const int64_t *starts, int64_t D, int64_t count,
-                       REAL *sums, REAL *counts, int64_t threads) {
+   rows: (n, D), weights: (n) or NULL, of which order and starts are those of group_by_class. sums: (count, D). counts: (count). */
+int NAME(segment_sums)(const REAL *rows, const REAL *weights, const int32_t *order, const int64_t *starts, int64_t D,
+                       int64_t count, REAL *sums, REAL *counts, int64_t threads) {
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
   for (int64_t p = 0; p < count; p++) {
     counts[p] = (REAL)(starts[p + 1] - starts[p]);
-    NAME(sum_of)(rows, order + starts[p], starts[p + 1] - starts[p], D, sums + p * D);
+    NAME(sum_of)(rows, weights, order + starts[p], starts[p + 1] - starts[p], D, sums + p * D);
   }
   return DONE;
 }
@@ -265,7 +267,7 @@ int NAME(move)(REAL *prototypes, REAL *weight, REAL *length, const REAL *rows, c
   for (int64_t p = 0; p < count; p++) {
     if (starts[p + 1] == starts[p]) continue;
     REAL *sum = sums + THREAD * D;
-    NAME(sum_of)(rows, order + starts[p], starts[p + 1] - starts[p], D, sum);
+    NAME(sum_of)(rows, NULL, order + starts[p], starts[p + 1] - starts[p], D, sum);
     NAME(move_one)(prototypes + p * D, weight + p, length + p, sum, counts[p], D, momentum, rule, cap);
   }
   return free(sums), DONE;

@@ -102,19 +102,22 @@ def log_plan(
     return segments.log_plan(own, classes, num_classes, log_shares, kappa, iterations, total, largest)
 
 
-def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def segment_sums(rows: Tensor, index: Tensor, count: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(count, D) sum and (count,) number of the (N, D) rows of each index in [0, count); -1 belongs nowhere.
 
     Every sum has one order: unlike atomic additions it gives the same bits every time, on a GPU too.
+
+    Args:
+        weights: (N,) what each row is multiplied by; None: 1.
     """
     if gpu.way(rows.device, rows.dtype) is not None:
         from protoseg.kernels.gpu import segments
 
-        return segments.segment_sums(rows, index, count)
-    if clustering_cpu.takes(rows):
-        return torch.ops.protoseg.segment_sums(rows, index, count)
+        return segments.segment_sums(rows, index, count, weights)
+    if clustering_cpu.takes(rows, rows if weights is None else weights):
+        return torch.ops.protoseg.segment_sums(rows, index, count, weights)
     ordered = _ordered(index, count)
-    return _sums(rows, ordered), ordered.counts.to(rows.dtype)
+    return _sums(rows, ordered, weights), ordered.counts.to(rows.dtype)
 
 
 def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
@@ -209,10 +212,11 @@ def _ordered(index: Tensor, count: int) -> _Ordered:
     return _Ordered(order.indices, starts, counts[:-1])
 
 
-def _sums(rows: Tensor, ordered: _Ordered) -> Tensor:
+def _sums(rows: Tensor, ordered: _Ordered, weights: Tensor | None = None) -> Tensor:
     """(count, D) sum of the (N, D) rows of each segment: first of each part, then of the parts, each in its order."""
     count = len(ordered.counts)
-    sums = F.embedding_bag(ordered.rows, rows, ordered.starts, mode="sum")
+    each = None if weights is None else weights[ordered.rows]
+    sums = F.embedding_bag(ordered.rows, rows, ordered.starts, mode="sum", per_sample_weights=each)
     return sums.view(count + 1, -1, rows.shape[1])[:count].sum(1) if adds_atomically(rows.device) else sums[:count]
 
 

@@ -36,7 +36,7 @@ def takes(*tensors: Tensor) -> bool:
     return native.alike(*tensors) and available()
 
 
-def _call(function: str, *arguments: Tensor | int | float) -> None:
+def _call(function: str, *arguments: Tensor | int | float | None) -> None:
     native.call(_library(), function, *arguments)
 
 
@@ -123,19 +123,20 @@ def _(
 
 
 @custom_op("protoseg::segment_sums", mutates_args=(), device_types="cpu")
-def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(count, D) sum and (count,) number of the (N, D) rows of each index; a negative one belongs nowhere."""
+def segment_sums(rows: Tensor, index: Tensor, count: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(count, D) sum, each row times its weight of (N,), and (count,) number of the (N, D) rows of each index; a
+    negative one belongs nowhere."""
     order, starts = _grouped(index, count)
     sums, counts = rows.new_empty(count, rows.shape[1]), rows.new_empty(count)
     _call(
-        native.typed("segment_sums", rows), rows.contiguous(), order, starts, rows.shape[1], count, sums, counts,
-        torch.get_num_threads(),
+        native.typed("segment_sums", rows), rows.contiguous(), None if weights is None else weights.contiguous(),
+        order, starts, rows.shape[1], count, sums, counts, torch.get_num_threads(),
     )  # fmt: skip
     return sums, counts
 
 
 @segment_sums.register_fake
-def _(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _(rows: Tensor, index: Tensor, count: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return rows.new_empty(count, rows.shape[1]), rows.new_empty(count)
 
 

@@ -216,36 +216,53 @@ int NAME(weights)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64
 }
 
 /* Of one class in a block: pixels by nearest prototype, the first of equal ones, without those whose own class it is.
-   order: (length) pixels. starts: (K+1) where each prototype's begin in it. */
+   classes: (length). order: (BLOCK) pixels. starts: (K+2) where each prototype's begin in it; of none, last.
+   places: (4, K+1) to work in. Quarters of the block are counted and placed side by side: a count waits for the one
+   before it to be written. */
 static void NAME(group_by_nearest)(const REAL *table, int64_t stride, int64_t K, int64_t length, const REAL *best,
-                                   const int64_t *classes, int64_t c, uint8_t *order, int32_t *starts) {
-  int32_t nearest[BLOCK];
+                                   const int32_t *classes, int64_t c, uint8_t *order, int32_t *starts,
+                                   int32_t *places) {
+  enum { QUARTER = BLOCK / 4 };
+  int32_t nearest[BLOCK], *a = places, *b = a + K + 1, *d = b + K + 1, *e = d + K + 1;
   for (int64_t i = 0; i < length; i++) nearest[i] = 0; /* where the cosines are nan */
   for (int64_t k = K - 1; k >= 0; k--) {
     const REAL *row = table + k * stride;
 #pragma omp simd
     for (int64_t i = 0; i < length; i++) nearest[i] = row[i] == best[i] ? (int32_t)k : nearest[i];
   }
-  memset(starts, 0, (K + 1) * sizeof *starts);
-  for (int64_t i = 0; i < length; i++) starts[nearest[i] + 1] += classes[i] != c;
-  for (int64_t k = 0; k < K; k++) starts[k + 1] += starts[k];
-  for (int64_t i = 0; i < length; i++) /* each start walks to its end ... */
-    if (classes[i] != c) order[starts[nearest[i]]++] = (uint8_t)i;
-  for (int64_t k = K; k > 0; k--) starts[k] = starts[k - 1]; /* ... which is the next one's start */
-  starts[0] = 0;
+#pragma omp simd
+  for (int64_t i = 0; i < length; i++) nearest[i] = classes[i] == (int32_t)c ? (int32_t)K : nearest[i];
+  for (int64_t i = length; i < BLOCK; i++) nearest[i] = (int32_t)K;
+  memset(places, 0, 4 * (K + 1) * sizeof *places);
+  const int32_t *second = nearest + QUARTER, *third = second + QUARTER, *fourth = third + QUARTER;
+  for (int64_t i = 0; i < QUARTER; i++) a[nearest[i]]++, b[second[i]]++, d[third[i]]++, e[fourth[i]]++;
+  int32_t place = 0;
+  for (int64_t k = 0; k <= K; k++) { /* counts become places, in the order of pixels */
+    starts[k] = place;
+    for (int32_t *count = places + k; count < places + 4 * (K + 1); count += K + 1) {
+      const int32_t here = *count;
+      *count = place, place += here;
+    }
+  }
+  starts[K + 1] = place;
+  for (int64_t i = 0; i < QUARTER; i++) {
+    order[a[nearest[i]]++] = (uint8_t)i;
+    order[b[second[i]]++] = (uint8_t)(QUARTER + i);
+    order[d[third[i]]++] = (uint8_t)(2 * QUARTER + i);
+    order[e[fourth[i]]++] = (uint8_t)(3 * QUARTER + i);
+  }
 }
 
 #define PIECE ((int64_t)(256 / sizeof(REAL))) /* channels whose sums stay in registers: eight vectors */
 typedef REAL NAME(vector) __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias)); /* of gcc and clang */
 
-/* PIECE channels of some of the rows (., D), each times its factor, are added to `sum`. A compiler keeps an array of
-   sums in memory, which takes twice as long, so they have names. */
-static void NAME(add_rows)(const REAL *rows, int64_t D, const uint8_t *order, int64_t count, const REAL *factor,
-                           REAL *sum) {
+/* Some of the rows (., PIECE), each times its factor, are added to `sum`. A compiler keeps an array of sums in memory,
+   which takes twice as long, so they have names. */
+static void NAME(add_rows)(const REAL *rows, const uint8_t *order, int64_t count, const REAL *factor, REAL *sum) {
   NAME(vector) *s = (NAME(vector) *)sum;
   NAME(vector) s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3], s4 = s[4], s5 = s[5], s6 = s[6], s7 = s[7];
   for (int64_t j = 0; j < count; j++) {
-    const NAME(vector) *x = (const NAME(vector) *)(rows + order[j] * D);
+    const NAME(vector) *x = (const NAME(vector) *)(rows + order[j] * PIECE);
     const REAL f = factor[order[j]];
     s0 += f * x[0], s1 += f * x[1], s2 += f * x[2], s3 += f * x[3];
     s4 += f * x[4], s5 += f * x[5], s6 += f * x[6], s7 += f * x[7];
@@ -261,8 +278,8 @@ int NAME(errors)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64_
                  int64_t best_stride, const REAL *errors, int64_t errors_stride, const int64_t *classes,
                  const REAL *rows, int64_t D, REAL *taken, REAL *lacking, int64_t threads) {
   uint8_t *orders = malloc(C * BLOCK + 1);
-  int32_t *starts = malloc((C * (K + 1) + 1) * sizeof *starts);
-  if (!orders || !starts) return free(orders), free(starts), NO_MEMORY;
+  int32_t *starts = malloc((C * (K + 2) + 1) * sizeof *starts), *places = malloc(threads * 4 * (K + 1) * sizeof *places);
+  if (!orders || !starts || !places) return free(orders), free(starts), free(places), NO_MEMORY;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < n; i++) lacking[i] = classes[i] < 0 ? 0 : errors[classes[i] * errors_stride + i];
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -270,25 +287,32 @@ int NAME(errors)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64_
     const int64_t first = share * C / threads, last = (share + 1) * C / threads;
     for (int64_t start = 0; start < n; start += BLOCK) {
       const int64_t length = n - start < BLOCK ? n - start : BLOCK;
+      int32_t mine[BLOCK];
+      for (int64_t i = 0; i < length; i++) mine[i] = (int32_t)classes[start + i];
       for (int64_t c = first; c < last; c++)
-        NAME(group_by_nearest)(table + c * K * stride + start, stride, K, length, best + c * best_stride + start,
-                               classes + start, c, orders + c * BLOCK, starts + c * (K + 1));
-      for (int64_t d = 0; d < D; d += PIECE) /* a piece of the block's rows stays in the first cache */
+        NAME(group_by_nearest)(table + c * K * stride + start, stride, K, length, best + c * best_stride + start, mine,
+                               c, orders + c * BLOCK, starts + c * (K + 2), places + share * 4 * (K + 1));
+      for (int64_t d = 0; d < D; d += PIECE) {
+        const int whole = D - d >= PIECE;
+        REAL piece[BLOCK * PIECE]; /* a copy, since rows a power of two apart would share few lines of a cache */
+        for (int64_t i = 0; whole && i < length; i++)
+          memcpy(piece + i * PIECE, rows + (start + i) * D + d, PIECE * sizeof *piece);
         for (int64_t c = first; c < last; c++)
           for (int64_t k = 0; k < K; k++) {
-            const int32_t *run = starts + c * (K + 1) + k, count = run[1] - run[0];
+            const int32_t *run = starts + c * (K + 2) + k, count = run[1] - run[0];
             const uint8_t *order = orders + c * BLOCK + run[0];
             const REAL *error = errors + c * errors_stride + start, *x = rows + start * D + d;
             REAL *to = taken + (c * K + k) * D + d;
-            if (count && D - d >= PIECE)
-              NAME(add_rows)(x, D, order, count, error, to);
+            if (count && whole)
+              NAME(add_rows)(piece, order, count, error, to);
             else
               for (int32_t j = 0; j < count; j++)
                 for (int64_t i = 0; i < D - d; i++) to[i] += error[order[j]] * x[order[j] * D + i];
           }
+      }
     }
   }
-  return free(orders), free(starts), DONE;
+  return free(orders), free(starts), free(places), DONE;
 }
 
 /* Logits (C, length) of a block, rows `stride` apart, become `share` times the gradient of their cross-entropy, whose sum

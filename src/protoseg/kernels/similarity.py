@@ -98,7 +98,7 @@ class Batch:
 
 @dataclass
 class Swept:
-    """What one sweep gives. `gradient` (N, D) lacks the targets' term; the last six are None unless asked for."""
+    """What one sweep gives. `gradient` (N, D) lacks the targets' term; the last five are None unless asked for."""
 
     ce: list[Tensor]  # parts of the sum over labels, as vectors
     log_sum: Tensor  # (N,) log-sum-exp of cosine / tau; without siblings over what Eq. (5) then leaves
@@ -108,8 +108,7 @@ class Swept:
     log_scale: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
-    taken: Tensor | None  # (C*K, D) of `losses.Errors`
-    lacking: Tensor | None  # (N,)
+    errors: tuple[Tensor, Tensor] | None  # (C*K, D) and (N,) of `losses.Errors`
 
 
 def sweep(
@@ -186,15 +185,15 @@ def sweep(
         log_scale=None,  # made in the end
         norm_weight=new(C).zero_() if parameters and s.layer_norm is not None else None,
         norm_bias=new(C).zero_() if parameters and s.layer_norm is not None else None,
-        taken=new(C * K, D).zero_() if errors else None,
-        lacking=new(N).zero_() if errors else None,
+        errors=(new(C * K, D).zero_(), new(N).zero_()) if errors else None,
     )
 
     def finish(seen: list[Tensor], best: Tensor, scores_gradient: Tensor, start: int, end: int) -> None:
         """Log-sum-exp, own cosines and gradient of pixels [start, end), whose cross-entropy is complete."""
         part = slice(start, end)
-        if swept.taken is not None and swept.lacking is not None:
-            wrong = class_errors.Band(scores_gradient, classes[part], swept.taken, swept.lacking[part])
+        if swept.errors is not None:
+            taken, lacking = swept.errors
+            wrong = class_errors.Band(scores_gradient, classes[part], taken, lacking[part])
             if kernels is None:
                 class_errors.add(wrong, seen[0], batch.embedding[part])
             else:
@@ -306,11 +305,11 @@ def sweep(
     if parameters:
         swept.log_scale = _joined(slopes).sum() if slopes else torch.zeros_like(scale)
     swept.own = swept.own.T
-    if swept.taken is not None and swept.lacking is not None:  # from minus the gradient of a mean to units of a pixel
+    if swept.errors is not None:  # from minus the gradient of a mean to units of a pixel
         of_a_label = (h * w) / (height * width) if resized else 1.0
         unit = -of_a_label / (batch.label_share * scale if scaled else batch.label_share)
-        swept.taken.mul_(unit)
-        swept.lacking.mul_(unit)
+        for part in swept.errors:
+            part.mul_(unit)
     return swept
 
 
@@ -361,7 +360,7 @@ class OnePass(torch.autograd.Function):
         if swept.gradient is not None:
             _targets_and_length(swept.gradient, batch, raw, target, near, s.contrast_weight, s.distance_weight)
         ctx.set_materialize_grads(False)
-        kept = (batch.embedding, target, moving, swept.taken, swept.lacking)
+        kept = (batch.embedding, target, moving, *(swept.errors or (None, None)))
         ctx.mark_non_differentiable(*(t for t in kept if t is not None))
         ctx.save_for_backward(
             prototypes, raw, batch.embedding, log_scale, norm_weight, norm_bias, target, near, labels, classes,

@@ -124,15 +124,19 @@ def error_sums(
     Returns:
         (C*K, D) sums and (C*K,) how many pixels each was given.
     """
-    sums, counts = _local_sums(embedding * errors.lacking[:, None], prototype, len(errors.taken))
+    sums, counts = _local_sums(embedding, prototype, len(errors.taken), errors.lacking)
     return _over_ranks(sums + errors.taken, counts, total)
 
 
-def _local_sums(embedding: Tensor, prototype: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _local_sums(
+    embedding: Tensor, prototype: Tensor, count: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """This rank's part of `assigned_sums`, each pixel times its weight of (N,)."""
     if kernels.segment_sums_apply():
-        return kernels.segment_sums(embedding, prototype, count)
+        return kernels.segment_sums(embedding, prototype, count, weights)
     index = torch.where(prototype < 0, count, prototype)  # pixels without one go to a row that is dropped
-    sums = embedding.new_zeros(count + 1, embedding.shape[1]).index_add_(0, index, embedding)[:count]
+    weighted = embedding if weights is None else embedding * weights[:, None]
+    sums = embedding.new_zeros(count + 1, embedding.shape[1]).index_add_(0, index, weighted)[:count]
     counts = embedding.new_zeros(count + 1).index_add_(0, index, embedding.new_ones(len(embedding)))[:count]
     return sums, counts
 

@@ -202,8 +202,8 @@ def _class_masses(
 
 @triton.jit
 def _row_sums(
-    rows, stride_n, stride_d, order, keys, starts, count, out,
-    D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
+    rows, stride_n, stride_d, weights, order, keys, starts, count, out,
+    D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Program (t, j): the sum of each run of tile t, channels [j*BD, j*BD + BD)."""
     start, end, at = _tile(starts, count, R)
@@ -213,6 +213,8 @@ def _row_sums(
         inside = (at < end)[:, None] & (d < D)[None]
         values = tl.load(rows + pixel[:, None] * stride_n + d[None].to(tl.int64) * stride_d, mask=inside, other=0.0)
         values = values.to(ACC)
+        if WEIGHTED:
+            values *= tl.load(weights + pixel)[:, None]
         run = start
         while run < end:
             segment = tl.load(keys + run).to(tl.int64)
@@ -377,8 +379,12 @@ def log_plan(
     return plan.log_softmax(1)
 
 
-def row_sums(rows: Tensor, segments: Segments) -> Tensor:
-    """(places, D) sums of the runs of (N, D) rows of any strides, in fp32 at least; an unused place holds anything."""
+def row_sums(rows: Tensor, segments: Segments, weights: Tensor | None = None) -> Tensor:
+    """(places, D) sums of the runs of (N, D) rows of any strides, in fp32 at least; an unused place holds anything.
+
+    Args:
+        weights: (N,) what each row is multiplied by, or None.
+    """
     N, D = rows.shape
     wide = min(triton.next_power_of_2(max(D, 16)), TILE // ROWS)
     tiles = triton.cdiv(N, ROWS)
@@ -386,17 +392,18 @@ def row_sums(rows: Tensor, segments: Segments) -> Tensor:
     if N:
         with launching_on(rows):
             _row_sums[tiles, triton.cdiv(D, wide)](
-                rows, *rows.stride(), segments.order, segments.keys, segments.starts, segments.count, runs,
-                D, wide, ROWS, accumulator(rows.dtype), enable_fp_fusion=True,
+                rows, *rows.stride(), rows if weights is None else weights.contiguous(), segments.order, segments.keys,
+                segments.starts, segments.count, runs, D, wide, ROWS, weights is not None, accumulator(rows.dtype),
+                enable_fp_fusion=True,
             )  # fmt: skip
     return runs
 
 
-def segment_sums(rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(count, D) sum, in fp32 at least, and (count,) number of the (N, D) rows of each index in [0, count)."""
+def segment_sums(rows: Tensor, index: Tensor, count: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`kernels.clustering.segment_sums`, its sums in fp32 at least."""
     D = rows.shape[1]
     segments = grouped(index, count)
-    runs = row_sums(rows, segments)
+    runs = row_sums(rows, segments, weights)
     wide = min(triton.next_power_of_2(max(D, 16)), TILE // RUNS.value)
     sums, counts = runs.new_empty(count, D), rows.new_empty(count)
     if count:
