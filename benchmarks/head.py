@@ -115,8 +115,7 @@ def contestants(shape: Shape, side: int, device: str, compiled: bool = False) ->
     twin = SoftmaxHead(shape.dim, shape.classes).to(device)
     flat, rows = centres.flatten(0, 1), features.detach().permute(0, 2, 3, 1).flatten(0, 2)
     transposed = flat.T.contiguous()
-    band = similarity.CPU_BAND if device == "cpu" else similarity.GPU_BAND
-    width = max(similarity.FEWEST_COLUMNS, band // len(flat))
+    width = similarity.band_columns(len(flat), similarity.budget_on(torch.device(device)))
 
     def ours(name: str, plain: bool = False, onednn: bool = True) -> Callable[[], None]:
         def step() -> None:

@@ -54,7 +54,7 @@ class StripCrossEntropy(torch.autograd.Function):
         kind = (False, scores.dtype, scores.device)
         vertical, across = upsampling.lines(h, H, *kind), upsampling.lines(w, W, *kind)
         share = (labels != VOID).sum().clamp(min=1).to(scores.dtype).reciprocal()
-        budget = similarity.CPU_BAND if scores.device.type == "cpu" else similarity.GPU_BAND
+        budget = similarity.budget_on(scores.device)
         loss, gradient = scores.new_zeros(()), torch.empty_like(scores, memory_format=torch.contiguous_format)
         for b in range(B):
             widened = upsampling.widen(scores[b].reshape(-1, w), across).view(C, h, W)
