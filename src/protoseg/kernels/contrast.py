@@ -17,35 +17,31 @@ def all_negatives(
     classes: Tensor,
     target: Tensor | None,
     temperature: float,
-    shard: Shard | None,
-    work: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(cosine / tau - shift) of every prototype, its sum and the shift.
+    """exp(cosine / tau - shift) of every prototype of this rank, its sum and the shift.
 
     Args:
         cosines: (C*K, n). best: (C, n) their largest in each class. own: (K, n) those of the own class.
         classes: (n,) own class on this rank, -1 for none.
         target: (n,) in [0, C*K) or -1 where the own class's other prototypes are left out; None where they count.
-        work: room for the table.
 
     Returns:
-        (C*K, n) table, (n,) sum over all ranks, (n,) shift.
+        (C*K, n) table, (n,) sum, (n,) shift.
     """
-    mass = work[: cosines.numel()].view(cosines.shape)
     if target is None:
-        shift = _largest(best.amax(0) / temperature, shard)
-        torch.add(-shift, cosines, alpha=1 / temperature, out=mass).exp_()
+        shift = best.amax(0) / temperature
+        mass = torch.add(-shift, cosines, alpha=1 / temperature).exp_()
     else:
         C, K = len(best), len(own)
         index = classes.clamp(min=0).expand(1, K, -1)  # 1 K n
         left_out = torch.where(classes >= 0, -torch.inf, own / temperature)[None]
-        torch.mul(cosines, 1 / temperature, out=mass)
+        mass = cosines * (1 / temperature)
         mass.view(C, K, -1).scatter_(0, index, left_out)
         given = target.clamp(min=0)[None]  # 1 n
         mass.scatter_(0, given, cosines.gather(0, given) / temperature)
-        shift = _largest(mass.amax(0), shard)
+        shift = mass.amax(0)
         mass.sub_(shift).exp_()
-    return mass, _total(mass.sum(0), shard), shift
+    return mass, mass.sum(0), shift
 
 
 def drawn_negatives(
@@ -77,9 +73,11 @@ def drawn_negatives(
     far = cosines.index_select(0, negatives.clamp(min=0)).mul_(1 / temperature).add_(math.log(weight))  # M n
     far.masked_fill_((negatives // K)[:, None] == classes, -torch.inf)
     far.masked_fill_((negatives < 0)[:, None], -torch.inf)
-    shift = _largest(torch.maximum(near.amax(0), far.amax(0)), shard)
+    shift = torch.maximum(near.amax(0), far.amax(0))
+    shift = shift if shard is None else shard.largest(shift)
     near, far = near.sub_(shift).exp_(), far.sub_(shift).exp_()
-    return far, near, _total(far.sum(0) + near.sum(0), shard), shift
+    total = far.sum(0) + near.sum(0)
+    return far, near, total if shard is None else shard.total(total), shift
 
 
 def add_drawn(weights: Tensor, far: Tensor, near: Tensor, negatives: Tensor, classes: Tensor) -> None:
@@ -87,11 +85,3 @@ def add_drawn(weights: Tensor, far: Tensor, near: Tensor, negatives: Tensor, cla
     K = len(near)
     weights.index_add_(0, negatives.clamp(min=0), far)
     weights.view(-1, K, weights.shape[1]).scatter_add_(0, classes.clamp(min=0).expand(1, K, -1), near[None])
-
-
-def _largest(values: Tensor, shard: Shard | None) -> Tensor:
-    return values if shard is None else shard.largest(values)
-
-
-def _total(values: Tensor, shard: Shard | None) -> Tensor:
-    return values if shard is None else shard.total(values)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from protoseg.kernels import class_errors, contrast, gemm, gpu, similarity_cpu, upsampling
+from protoseg.kernels import gemm, gpu, similarity_cpu, upsampling
+from protoseg.kernels.class_errors import Band
+from protoseg.kernels.cosines import Cosines
 from protoseg.kernels.shards import Shard
 
 if TYPE_CHECKING:
@@ -148,7 +150,6 @@ def sweep(
     s = batch.settings
     C, K, D = batch.prototypes.shape
     N = len(batch.embedding)
-    flat = batch.prototypes.flatten(0, 1)  # CK D
     new = batch.embedding.new_empty
     B, h, w = s.size
     labels, resized = batch.labels, batch.labels.shape[1:] != (h, w)
@@ -158,14 +159,11 @@ def sweep(
     budget = budget_on(batch.embedding.device)
     scale = batch.log_scale.exp().to(batch.embedding.dtype)
     ce_share = _times(*_factors(batch.label_share, ce_weight))
-    ppc_share, ppc_factor = _factors(batch.pixel_share, ppc_weight)
     shard = batch.shard
     classes = batch.classes if shard is None else shard.local(batch.classes)
-    kernels = _kernels(batch, classes, target)
-    transposed = flat.T.contiguous() if kernels is None else flat  # `finish` alone wants it
-    columns = band_columns(
-        (C if shard is None else shard.widest) * (1 if kernels and not kernels.tabled else K), budget
-    )
+    cosines = _cosines(batch, classes, target)
+    cosines.push(*_factors(batch.pixel_share, ppc_weight))
+    columns = band_columns((C if shard is None else shard.widest) * (K if cosines.tabled else 1), budget)
     bands = _bands(B, h, w, columns)
     fused = batch.shard is None and gpu.way(batch.embedding.device, batch.embedding.dtype) is not None
     if fused:
@@ -178,21 +176,13 @@ def sweep(
     if resized and not (whole or only_own):
         kind = (s.align_corners, batch.embedding.dtype, batch.embedding.device)
         vertical, across = upsampling.lines(h, height, *kind), upsampling.lines(w, width, *kind)
-    widest = max((len(images) * len(rows) * w for images, rows in bands), default=0)
-    tabled = batch.negatives is None and kernels is None
-    work = new(C * K * widest if tabled else 0)  # one for all bands: fresh memory costs page faults
-
-    if kernels is None:
-        ppc_share, valid = _times(ppc_share, ppc_factor / s.temperature), batch.classes >= 0
-    else:
-        kernels.push(ppc_share, ppc_factor)
     losses: list[Tensor] = []  # parts of the cross-entropy, a vector of each band
     slopes: list[Tensor] = []  # the same of its gradient to the log of the scale
 
     swept = Swept(
         ce=losses,
-        log_sum=new(N) if kernels is None else kernels.log_sum,
-        own=new(K, N) if kernels is None else kernels.own,  # turned in the end
+        log_sum=cosines.log_sum,
+        own=cosines.own.T,
         predicted=batch.classes.new_empty(N) if s.predict else None,
         gradient=new(N, D) if gradient else None,
         log_scale=None,  # made in the end
@@ -202,47 +192,18 @@ def sweep(
     )
 
     def finish(seen: list[Tensor], best: Tensor, scores_gradient: Tensor, start: int, end: int) -> None:
-        """Log-sum-exp, own cosines and gradient of pixels [start, end), whose cross-entropy is complete."""
+        """Errors and gradient of pixels [start, end), whose cross-entropy is complete."""
         part = slice(start, end)
         if swept.errors is not None:
             taken, lacking = swept.errors
-            wrong = class_errors.Band(scores_gradient, classes[part], taken, lacking[part])
-            if kernels is None:
-                class_errors.add(wrong, seen[0], batch.embedding[part])
-            else:
-                kernels.errors(wrong, seen, start, end)
+            cosines.errors(Band(scores_gradient, classes[part], taken, lacking[part]), seen, start, end)
         best_gradient = scores_gradient
         if not scaled:
             best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
             if parameters:
                 slopes.append(torch.dot(best_gradient.flatten(), best.flatten())[None])
-        if kernels is not None:  # log-sum-exp and own cosines are there already
-            if swept.gradient is not None:
-                kernels.gradient(best_gradient, seen, start, end, swept.gradient[part])
-            return
-        (cosines,) = seen
-        table = cosines.view(C, K, -1)
-        own = swept.own[:, part] = _own(table, classes[part])
-        given = None if s.siblings or target is None else target[part]
-        contrasted = (own, classes[part], given)
-        if batch.negatives is None:
-            mass, total, shift = contrast.all_negatives(cosines, best, *contrasted, s.temperature, shard, work)
-        else:
-            far, near, total, shift = contrast.drawn_negatives(
-                cosines, *contrasted, batch.negatives, s.negative_weight, s.temperature, shard
-            )
-        swept.log_sum[part] = total.log() + shift
-        if swept.gradient is None:
-            return
-        share = torch.where(valid[part], ppc_share / total, 0)
-        tied = table.eq_(best[:, None])  # the cosines become 0 and 1
-        best_gradient = best_gradient / tied.sum(1).clamp_(min=1)
-        if batch.negatives is None:
-            mass.mul_(share).view(C, K, -1).addcmul_(tied, best_gradient[:, None])
-        else:
-            mass = tied.mul_(best_gradient[:, None]).view(C * K, -1)
-            contrast.add_drawn(mass, far.mul_(share), near.mul_(share), batch.negatives, classes[part])
-        gemm.weighted_prototypes(mass, flat, transposed, swept.gradient[part])
+        if swept.gradient is not None:
+            cosines.gradient(best_gradient, seen, start, end, swept.gradient[part])
 
     # The last row of a band, which still gets gradient from below: what `finish` wants of it, its widened scores, their
     # gradient so far.
@@ -251,20 +212,12 @@ def sweep(
     for images, rows in bands:
         start = images.start * h * w + rows.start * w
         end = (images.stop - 1) * h * w + rows.stop * w
-        if kernels is not None:
-            kernels.fill(raw, start, end)
-            best, seen = kernels.nearest(start, end, losses=not only_own)
-        else:
-            if raw is not None:
-                _to_unit(raw[start:end], batch.embedding[start:end])
-            seen = [gemm.similarities(flat, batch.embedding[start:end])]  # CK n
-            best = seen[0].view(C, K, -1).amax(1)  # C n
+        cosines.fill(raw, start, end)
+        best, seen = cosines.nearest(start, end, losses=not only_own)
         scores = best if scaled else _scores(batch, scale, best)
         if swept.predicted is not None:
             swept.predicted[start:end] = scores.argmax(0) if shard is None else shard.argmax(scores)
         if only_own:
-            if kernels is None:
-                swept.own[:, start:end] = _own(seen[0].view(C, K, -1), classes[start:end])
             del seen, best, scores  # or the next band's table would come beside this one's
             continue
         asked = (s.ignore_index, batch.class_weights, ce_share)
@@ -317,7 +270,6 @@ def sweep(
             finish(seen, best, scores_gradient, start, end)
     if parameters:
         swept.log_scale = _joined(slopes).sum() if slopes else torch.zeros_like(scale)
-    swept.own = swept.own.T
     if swept.errors is not None:  # from minus the gradient of a mean to units of a pixel
         of_a_label = (h * w) / (height * width) if resized else 1.0
         unit = -of_a_label / (batch.label_share * scale if scaled else batch.label_share)
@@ -468,10 +420,9 @@ def class_cosines(raw: Tensor, prototypes: Tensor, *, half: bool = False) -> Ten
     return best.T
 
 
-def _kernels(
-    batch: Batch, classes: Tensor, target: Tensor | None
-) -> gpu_similarity.Cosines | similarity_cpu.Cosines | None:
-    """The fused kernels of one sweep, Triton's or C's, where they are at hand and know what is asked.
+def _cosines(batch: Batch, classes: Tensor, target: Tensor | None) -> gpu_similarity.Cosines | Cosines:
+    """What sees the cosines of one sweep: the fused kernels, Triton's or C's, where they are at hand and know what is
+    asked, or PyTorch's lines.
 
     Args:
         classes: (N,) those of the batch, -1 for void or another rank's.
@@ -484,9 +435,8 @@ def _kernels(
         from protoseg.kernels.gpu import similarity as gpu_similarity
 
         return gpu_similarity.Cosines(way, *known)
-    if similarity_cpu.takes(batch.embedding, batch.prototypes):
-        return similarity_cpu.Cosines(*known, batch.classes >= 0, batch.shard, batch.negatives, s.negative_weight)
-    return None
+    lines = similarity_cpu.Cosines if similarity_cpu.takes(batch.embedding, batch.prototypes) else Cosines
+    return lines(*known, batch.classes >= 0, batch.shard, batch.negatives, s.negative_weight)
 
 
 def _given(batch: Batch, swept: Swept, target: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -524,11 +474,6 @@ def _times(share: Tensor, factor: float) -> Tensor:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _own(table: Tensor, classes: Tensor) -> Tensor:
-    """(C, K, n) cosines, (n,) class or -1 -> (K, n) cosines with the own class (of void pixels, with class 0)."""
-    return table.gather(0, classes.clamp(min=0).expand(1, table.shape[1], -1))[0]
 
 
 def _bands(images: int, h: int, w: int, columns: int) -> list[tuple[range, range]]:

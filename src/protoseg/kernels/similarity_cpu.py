@@ -7,13 +7,13 @@ import ctypes
 import math
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from protoseg.kernels import contrast, gemm, native
+from protoseg.kernels import cosines, native
 from protoseg.kernels.class_errors import Band
-from protoseg.kernels.shards import Shard
 
 
 @cache
@@ -95,83 +95,20 @@ def finish(
     )  # fmt: skip
 
 
-class Cosines:
-    """One sweep over the bands of a batch; the contract is that of `gpu.similarity.Cosines`.
+class Cosines(cosines.Cosines):
+    """The same with C between the products."""
 
-    Attributes:
-        tabled: a band's cosines exist as a table.
-        own: (K, N) cosines with the own class, of void pixels with class 0. log_sum: (N,) of Eq. (5).
-    """
-
-    tabled = True
-
-    def __init__(
-        self,
-        embedding: Tensor,
-        prototypes: Tensor,
-        classes: Tensor,
-        target: Tensor | None,
-        temperature: float,
-        siblings: bool,
-        valid: Tensor,
-        shard: Shard | None,
-        negatives: Tensor | None,
-        negative_weight: float,
-    ):
-        """As in `gpu.similarity.Cosines`, and, as in `similarity.Batch` and `Settings`, the last three.
-
-        Args:
-            valid: (N,) which pixels have a class, on this rank or on another.
-        """
-        self.valid = valid
-        self.embedding = embedding
-        self.num_classes, self.num_prototypes, _ = prototypes.shape
-        self.flat = prototypes.flatten(0, 1)
-        self.transposed = self.flat.T.contiguous()
-        self.shard = shard
-        self.classes = classes
-        self.target = None if siblings else target
-        self.temperature, self.slope = temperature, 1 / temperature
-        self.negatives, self.negative_weight = negatives, negative_weight
+    def __init__(self, *told: Any):
+        super().__init__(*told)
+        self._slope = 1 / self.temperature
         # Cosines lie in [-1, 1]: with 1 for the largest no sum can vanish while e^(-2 / tau) is a number.
-        self.one_sweep = math.exp(-2 / temperature) > torch.finfo(embedding.dtype).tiny
-        self.own = embedding.new_empty(self.num_prototypes, len(embedding))
-        self.log_sum = embedding.new_empty(len(embedding))
-        self.work = embedding.new_empty(0)
+        self._one_sweep = math.exp(-2 / self.temperature) > torch.finfo(self.embedding.dtype).tiny
 
     def fill(self, raw: Tensor | None, start: int, end: int) -> None:
-        """Bring rows [start, end) of `raw` (N, D) to unit length as the embedding; None: they are that already."""
         if raw is not None:
             unit_rows(raw[start:end], self.embedding[start:end])
 
-    def nearest(self, start: int, end: int, *, losses: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """Eq. (1) of pixels [start, end): fills `own` and, if `losses`, `log_sum`.
-
-        Returns:
-            (C, n) cosine with the nearest prototype of every class, and what `gradient` wants of these pixels: tensors
-            with the pixels last, to be cut along them.
-        """
-        part, drawn = slice(start, end), self.negatives is not None
-        table = gemm.similarities(self.flat, self.embedding[part])
-        best, classes, target = table.new_empty(self.num_classes, end - start), self.classes[part], self._target(part)
-        _call(
-            "nearest", table, table, table.stride(0), *self._sizes(table), classes, target, self.slope, best,
-            self.own[:, start:], self.own.stride(0), self.log_sum[part] if losses and not drawn else None,
-            self.one_sweep,
-        )  # fmt: skip
-        if losses and self.negatives is not None:
-            far, near, total, shift = contrast.drawn_negatives(
-                table, self.own[:, part], classes, target, self.negatives, self.negative_weight, self.temperature,
-                self.shard,
-            )  # fmt: skip
-            self.log_sum[part] = total.log() + shift
-            return best, [table, best, far.div_(total), near.div_(total)]
-        if losses and self.shard is not None:
-            self.log_sum[part] = self.shard.log_sum_exp(self.log_sum[part])
-        return best, [table, best]
-
     def errors(self, band: Band, seen: list[Tensor], start: int, end: int) -> None:
-        """What the classes got wrong of pixels [start, end), into the band; before `gradient`, which overwrites."""
         table, best, *_ = seen
         _call(
             "errors", table, table, table.stride(0), *self._sizes(table), best, best.stride(0), band.errors,
@@ -179,39 +116,23 @@ class Cosines:
             band.lacking,
         )  # fmt: skip
 
-    def push(self, share: Tensor, factor: float) -> None:
-        """What the log-sum-exp's gradient is multiplied by: a () tensor and a number; 0 for void pixels."""
-        self.share = self.valid * (share * (factor / self.temperature))  # N
-
-    def gradient(self, slope: Tensor, seen: list[Tensor], start: int, end: int, out: Tensor) -> None:
-        """The gradient of pixels [start, end) to the unit rows, but for the pull of their own prototypes.
-
-        Args:
-            slope: (C, n) gradient to what `nearest` gave. seen: from `nearest`; a table in it is overwritten.
-            out: (n, D), filled.
-        """
-        part, (table, best, *drawn) = slice(start, end), seen
-        share = self.share[part]
-        weights = table if table.is_contiguous() else self._room(table)
-        classes, push = self.classes[part], torch.zeros_like(share) if drawn else share.contiguous()
+    def _compared(self, table: Tensor, part: slice, *, contrasted: bool) -> tuple[Tensor, list[Tensor]]:
+        best = table.new_empty(self.num_classes, table.shape[1])
         _call(
-            "weights", table, table, table.stride(0), *self._sizes(table), classes, self._target(part),
-            self.slope, best, best.stride(0), slope, slope.stride(0), self.log_sum[part], push, weights,
-            weights.stride(0),
+            "nearest", table, table, table.stride(0), *self._sizes(table), self.classes[part], self._target(part),
+            self._slope, best, self.own[:, part.start :], self.own.stride(0),
+            self.log_sum[part] if contrasted else None, self._one_sweep,
         )  # fmt: skip
-        if self.negatives is not None:
-            far, near = (share * masses for masses in drawn)
-            contrast.add_drawn(weights, far, near, self.negatives, classes)
-        gemm.weighted_prototypes(weights, self.flat, self.transposed, out)
+        return best, []
+
+    def _weights(self, table: Tensor, best: Tensor, slope: Tensor, masses: list[Tensor], part: slice) -> Tensor:
+        share, weights = self.share[part], self._whole(table)
+        _call(
+            "weights", table, table, table.stride(0), *self._sizes(table), self.classes[part], self._target(part),
+            self._slope, best, best.stride(0), slope, slope.stride(0), self.log_sum[part],
+            torch.zeros_like(share) if masses else share.contiguous(), weights, weights.stride(0),
+        )  # fmt: skip
+        return weights
 
     def _sizes(self, table: Tensor) -> tuple[int, int, int]:
         return self.num_classes, self.num_prototypes, table.shape[1]
-
-    def _target(self, part: slice) -> Tensor | None:
-        return None if self.target is None else self.target[part]
-
-    def _room(self, table: Tensor) -> Tensor:
-        """A table like this one, whole in memory, and the same for all bands: fresh memory costs page faults."""
-        if self.work.numel() < table.numel():
-            self.work = table.new_empty(table.numel())
-        return self.work[: table.numel()].view(table.shape)
