@@ -147,135 +147,203 @@ def sweep(
         only_own: fill `own` and `predicted` and leave the losses.
         errors: whether those of the labels are wanted; `ce_weight` is then 1.
     """
-    s = batch.settings
-    C, K, D = batch.prototypes.shape
-    N = len(batch.embedding)
-    new = batch.embedding.new_empty
-    B, h, w = s.size
-    labels, resized = batch.labels, batch.labels.shape[1:] != (h, w)
-    if not resized:  # any run of pixels is a band: one image, a pixel a row
-        B, h, w, labels = 1, N, 1, labels.reshape(1, N, 1)
-    height, width = labels.shape[1:]
-    budget = budget_on(batch.embedding.device)
-    scale = batch.log_scale.exp().to(batch.embedding.dtype)
-    ce_share = _times(*_factors(batch.label_share, ce_weight))
-    shard = batch.shard
-    classes = batch.classes if shard is None else shard.local(batch.classes)
-    cosines = _cosines(batch, classes, target)
-    cosines.push(*_factors(batch.pixel_share, ppc_weight))
-    columns = band_columns((C if shard is None else shard.widest) * (K if cosines.tabled else 1), budget)
-    bands = _bands(B, h, w, columns)
-    fused = batch.shard is None and gpu.way(batch.embedding.device, batch.embedding.dtype) is not None
-    if fused:
-        from protoseg.kernels.gpu import cross_entropy as fused_cross_entropy
-    whole = fused and h * w <= columns  # every band is of whole images
-    # The cross-entropy's kernels then take cosines for scores and give the gradient to them, in their place: not where
-    # drawn negatives want the cosines afterwards.
-    plain_scores = s.layer_norm is None and batch.negatives is None
-    scaled = fused and (whole or not resized) and plain_scores
-    if resized and not (whole or only_own):
-        kind = (s.align_corners, batch.embedding.dtype, batch.embedding.device)
+    made = _Sweep(batch, ce_weight, ppc_weight, raw, target, gradient=gradient, parameters=parameters, errors=errors)
+    if only_own:
+        made.look_only()
+    elif not made.resized:
+        made.at_feature_size()
+    elif made.whole:
+        made.at_label_size()
+    else:
+        made.by_strips()
+    return made.ended()
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was seen of pixels [start, end) of the batch.
+
+    Attributes:
+        best: (C, n) cosine with the nearest prototype of every class. kept: what the gradient wants, pixels last.
+    """
+
+    start: int
+    end: int
+    best: Tensor
+    kept: list[Tensor]
+
+    def __getitem__(self, pixels: slice) -> _Look:
+        first, last, _ = pixels.indices(self.end - self.start)
+        kept = [table[:, first:last] for table in self.kept]
+        return _Look(self.start + first, self.start + last, self.best[:, first:last], kept)
+
+
+class _Sweep:
+    """One sweep: what is read of the batch once, the bands, and what they leave.
+
+    Attributes:
+        resized: whether labels have a size of their own. labels: (B, H, W); at feature size (1, N, 1), since any run of
+            pixels is a band there: one image, a pixel a row.
+        fused: whether the cross-entropy has kernels of its own, of images that are `whole` in their band.
+        scaled: they then take cosines for scores and give the gradient to them, in their place: not where drawn
+            negatives want the cosines afterwards.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        ce_weight: Tensor | float,
+        ppc_weight: Tensor | float,
+        raw: Tensor | None,
+        target: Tensor | None,
+        *,
+        gradient: bool,
+        parameters: bool,
+        errors: bool,
+    ):
+        s, shard = batch.settings, batch.shard
+        C, K, D = batch.prototypes.shape
+        N, new = len(batch.embedding), batch.embedding.new_empty
+        self.batch, self.raw, self.parameters = batch, raw, parameters
+        self.labels, self.size, self.resized = batch.labels, s.size, batch.labels.shape[1:] != s.size[1:]
+        if not self.resized:
+            self.labels, self.size = batch.labels.reshape(1, N, 1), (1, N, 1)
+        self.scale = batch.log_scale.exp().to(batch.embedding.dtype)
+        self.asked = s.ignore_index, batch.class_weights, _times(*_factors(batch.label_share, ce_weight))
+        self.classes = batch.classes if shard is None else shard.local(batch.classes)
+        self.cosines = _cosines(batch, self.classes, target)
+        self.cosines.push(*_factors(batch.pixel_share, ppc_weight))
+        self.budget = budget_on(batch.embedding.device)
+        columns = band_columns((C if shard is None else shard.widest) * (K if self.cosines.tabled else 1), self.budget)
+        self.bands = _bands(*self.size, columns)
+        self.fused = shard is None and gpu.way(batch.embedding.device, batch.embedding.dtype) is not None
+        self.whole = self.fused and self.size[1] * self.size[2] <= columns
+        plain_scores = s.layer_norm is None and batch.negatives is None
+        self.scaled = self.fused and (self.whole or not self.resized) and plain_scores
+        self.slopes: list[Tensor] = []  # parts of the gradient to the log of the scale, as vectors
+        normed = parameters and s.layer_norm is not None
+        self.swept = Swept(
+            ce=[],
+            log_sum=self.cosines.log_sum,
+            own=self.cosines.own.T,
+            predicted=batch.classes.new_empty(N) if s.predict else None,
+            gradient=new(N, D) if gradient else None,
+            log_scale=None,
+            norm_weight=new(C).zero_() if normed else None,
+            norm_bias=new(C).zero_() if normed else None,
+            errors=(new(C * K, D).zero_(), new(N).zero_()) if errors else None,
+        )
+
+    def look_only(self) -> None:
+        """Own cosines, and classes of highest score."""
+        for band in self.bands:
+            self._look(*band, losses=False)
+
+    def at_feature_size(self) -> None:
+        for band in self.bands:
+            look, scores = self._look(*band)
+            labels = self.labels[0, look.start : look.end, 0]
+            if self.fused:
+                from protoseg.kernels.gpu import cross_entropy
+
+                loss, slope = cross_entropy.cross_entropy_(scores, labels, *self.asked, self._scale_of_cosines)
+                self.slopes.append(slope)
+            else:
+                loss = upsampling.cross_entropy_(scores, labels, *self.asked, self.batch.shard)[None]
+            self.swept.ce.append(loss)
+            self._complete(look, scores)
+            del look, scores  # or the next band's table would come beside this one's
+
+    def at_label_size(self) -> None:
+        """Images that are whole in their band, by the cross-entropy's kernels."""
+        from protoseg.kernels.gpu import cross_entropy
+
+        size, corners = self.size[1:], self.batch.settings.align_corners
+        for images, rows in self.bands:
+            look, scores = self._look(images, rows)
+            labels = self.labels[images.start : images.stop]
+            loss, slope, gradient = cross_entropy.label_cross_entropy(
+                scores, size, labels, corners, *self.asked, self._scale_of_cosines
+            )
+            self.swept.ce.append(loss)
+            self.slopes.append(slope)
+            self._complete(look, gradient)
+            del look, scores, gradient
+
+    def by_strips(self) -> None:
+        """Labels of any size: a band leaves its last row, which still gets gradient from below, to the next one."""
+        (_, h, w), (height, width), C = self.size, self.labels.shape[1:], len(self.batch.prototypes)
+        kind = (self.batch.settings.align_corners, self.batch.embedding.dtype, self.batch.embedding.device)
         vertical, across = upsampling.lines(h, height, *kind), upsampling.lines(w, width, *kind)
-    losses: list[Tensor] = []  # parts of the cross-entropy, a vector of each band
-    slopes: list[Tensor] = []  # the same of its gradient to the log of the scale
+        carried: tuple[_Look, Tensor, Tensor] | None = None  # that row, its widened scores, their gradient so far
+        done = 0  # label rows of this image
+        for images, rows in self.bands:
+            look, scores = self._look(images, rows)
+            if rows.start == 0:
+                carried, done = None, 0
+            widened = upsampling.widen(scores.view(-1, w), across).view(C * len(images), len(rows), width)
+            gradient = torch.zeros_like(widened)
+            top, above = rows.start, carried
+            if above is not None:
+                widened, gradient = torch.cat([above[1], widened], 1), torch.cat([above[2], gradient], 1)
+                top -= 1
+            ready = vertical.ready(rows.stop)
+            loss = upsampling.strip_cross_entropy(
+                widened, gradient, vertical, (done, ready), top, self.labels[images.start : images.stop], *self.asked,
+                self.budget, self.batch.shard,
+            )  # fmt: skip
+            self.swept.ce.append(loss[None])
+            done = ready
+            if rows.stop < h:
+                carried = look[-w:], widened[:, -1:], gradient[:, -1:]
+                look, gradient = look[:-w], gradient[:, :-1]
+            narrowed = upsampling.narrow(gradient.reshape(-1, width), across).view(C, -1)
+            if above is not None:
+                self._complete(above[0], narrowed[:, :w])
+                narrowed = narrowed[:, w:]
+            if look.end > look.start:
+                self._complete(look, narrowed)
 
-    swept = Swept(
-        ce=losses,
-        log_sum=cosines.log_sum,
-        own=cosines.own.T,
-        predicted=batch.classes.new_empty(N) if s.predict else None,
-        gradient=new(N, D) if gradient else None,
-        log_scale=None,  # made in the end
-        norm_weight=new(C).zero_() if parameters and s.layer_norm is not None else None,
-        norm_bias=new(C).zero_() if parameters and s.layer_norm is not None else None,
-        errors=(new(C * K, D).zero_(), new(N).zero_()) if errors else None,
-    )
+    def ended(self) -> Swept:
+        swept, share = self.swept, self.batch.label_share
+        if self.parameters:
+            swept.log_scale = _joined(self.slopes).sum() if self.slopes else torch.zeros_like(self.scale)
+        if swept.errors is not None:  # from minus the gradient of a mean to units of a pixel
+            (_, h, w), (height, width) = self.size, self.labels.shape[1:]
+            unit = -(h * w) / max(height * width, 1) / (share * self.scale if self.scaled else share)
+            for part in swept.errors:
+                part.mul_(unit)
+        return swept
 
-    def finish(seen: list[Tensor], best: Tensor, scores_gradient: Tensor, start: int, end: int) -> None:
-        """Errors and gradient of pixels [start, end), whose cross-entropy is complete."""
-        part = slice(start, end)
-        if swept.errors is not None:
-            taken, lacking = swept.errors
-            cosines.errors(Band(scores_gradient, classes[part], taken, lacking[part]), seen, start, end)
-        best_gradient = scores_gradient
-        if not scaled:
-            best_gradient = _scores_backward(batch, scale, best, scores_gradient, swept)
-            if parameters:
-                slopes.append(torch.dot(best_gradient.flatten(), best.flatten())[None])
-        if swept.gradient is not None:
-            cosines.gradient(best_gradient, seen, start, end, swept.gradient[part])
+    @property
+    def _scale_of_cosines(self) -> Tensor | None:
+        return self.scale if self.scaled else None
 
-    # The last row of a band, which still gets gradient from below: what `finish` wants of it, its widened scores, their
-    # gradient so far.
-    carried: tuple[list[Tensor], Tensor, Tensor, Tensor] | None = None
-    done = 0  # label rows of this image
-    for images, rows in bands:
+    def _look(self, images: range, rows: range, *, losses: bool = True) -> tuple[_Look, Tensor]:
+        """A band's cosines, and its (C, n) class scores, which may be overwritten."""
+        (_, h, w), swept, shard = self.size, self.swept, self.batch.shard
         start = images.start * h * w + rows.start * w
         end = (images.stop - 1) * h * w + rows.stop * w
-        cosines.fill(raw, start, end)
-        best, seen = cosines.nearest(start, end, losses=not only_own)
-        scores = best if scaled else _scores(batch, scale, best)
+        self.cosines.fill(self.raw, start, end)
+        best, kept = self.cosines.nearest(start, end, losses=losses)
+        scores = best if self.scaled else _scores(self.batch, self.scale, best)
         if swept.predicted is not None:
             swept.predicted[start:end] = scores.argmax(0) if shard is None else shard.argmax(scores)
-        if only_own:
-            del seen, best, scores  # or the next band's table would come beside this one's
-            continue
-        asked = (s.ignore_index, batch.class_weights, ce_share)
-        if not resized:
-            flat_labels = labels[0, start:end, 0]
-            if fused:
-                loss, slope = fused_cross_entropy.cross_entropy_(scores, flat_labels, *asked, scale if scaled else None)
-                slopes.append(slope)
-            else:
-                loss = upsampling.cross_entropy_(scores, flat_labels, *asked, shard)[None]
-            losses.append(loss)
-            finish(seen, best, scores, start, end)
-            del seen, best, scores
-            continue
-        if whole:
-            loss, slope, scores_gradient = fused_cross_entropy.label_cross_entropy(
-                scores, (h, w), labels[images.start : images.stop], s.align_corners, *asked, scale if scaled else None
-            )
-            losses.append(loss)
-            slopes.append(slope)
-            finish(seen, best, scores_gradient, start, end)
-            del seen, best, scores, scores_gradient
-            continue
-        if rows.start == 0:
-            carried, done = None, 0
-        planes = C * len(images)
-        widened = upsampling.widen(scores.view(-1, w), across).view(planes, len(rows), width)
-        label_gradient = torch.zeros_like(widened)
-        top, above = rows.start, carried
-        if above is not None:
-            widened = torch.cat([above[2], widened], 1)
-            label_gradient = torch.cat([above[3], label_gradient], 1)
-            top -= 1
-        ready = vertical.ready(rows.stop)
-        loss = upsampling.strip_cross_entropy(
-            widened, label_gradient, vertical, (done, ready), top, labels[images.start : images.stop], *asked,
-            budget, shard,
-        )  # fmt: skip
-        losses.append(loss[None])
-        done = ready
-        if rows.stop < h:
-            carried = ([t[:, -w:] for t in seen], best[:, -w:], widened[:, -1:], label_gradient[:, -1:])
-            seen, best, label_gradient = [t[:, :-w] for t in seen], best[:, :-w], label_gradient[:, :-1]
-            end -= w
-        scores_gradient = upsampling.narrow(label_gradient.reshape(-1, width), across).view(C, -1)
-        if above is not None:
-            finish(above[0], above[1], scores_gradient[:, :w], start - w, start)
-            scores_gradient = scores_gradient[:, w:]
-        if end > start:
-            finish(seen, best, scores_gradient, start, end)
-    if parameters:
-        swept.log_scale = _joined(slopes).sum() if slopes else torch.zeros_like(scale)
-    if swept.errors is not None:  # from minus the gradient of a mean to units of a pixel
-        of_a_label = (h * w) / (height * width) if resized else 1.0
-        unit = -of_a_label / (batch.label_share * scale if scaled else batch.label_share)
-        for part in swept.errors:
-            part.mul_(unit)
-    return swept
+        return _Look(start, end, best, kept), scores
+
+    def _complete(self, look: _Look, scores_gradient: Tensor) -> None:
+        """Errors and gradient of pixels whose cross-entropy is complete; overwrites its (C, n) gradient to scores."""
+        swept, pixels, gradient = self.swept, (look.start, look.end), scores_gradient
+        part = slice(*pixels)
+        if swept.errors is not None:
+            taken, lacking = swept.errors
+            self.cosines.errors(Band(gradient, self.classes[part], taken, lacking[part]), look.kept, *pixels)
+        if not self.scaled:
+            gradient = _scores_backward(self.batch, self.scale, look.best, gradient, swept)
+            if self.parameters:
+                self.slopes.append(torch.dot(gradient.flatten(), look.best.flatten())[None])
+        if swept.gradient is not None:
+            self.cosines.gradient(gradient, look.kept, *pixels, swept.gradient[part])
 
 
 class OnePass(torch.autograd.Function):
