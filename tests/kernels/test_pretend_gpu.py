@@ -198,7 +198,7 @@ def test_no_sum_of_a_default_step_is_atomic(way, launches, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("way", "preset", "most", "kernels"), [("off", "paper", 175, 0), ("mm", "paper", 22, 9), ("mm", "default", 27, 10)]
+    ("way", "preset", "most", "kernels"), [("off", "paper", 175, 0), ("mm", "paper", 22, 9), ("mm", "default", 24, 10)]
 )
 def test_clustering_and_update_take_as_many_operations_for_any_number_of_classes(
     way, preset, most, kernels, launches, monkeypatch

@@ -123,7 +123,7 @@ class PrototypeHead(nn.Module):
             `clustering.balanced_assignment`.
         update_from: `all` labelled pixels, only those classified `correct`ly, or `errors`: all, each by what its class
             still lacks, and against the classes it wrongly goes to (`prototypes.error_sums`): prototypes that may move
-            fast, at the price of a fifth of a step.
+            fast, at the price of a tenth of a step.
         across_ranks: `exact`: sums and counts over all ranks, equal to one process with the whole batch; `average`:
             each rank clusters and moves by itself, then the prototypes are averaged (the reference).
         start: `nested` around near-orthogonal directions of the classes; `random` near-orthogonal vectors; `data`: the
