@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.testing import assert_close
 
@@ -42,14 +42,14 @@ def segmenter(**head):
     return build(Model(network="tiny"), Head(num_prototypes=2, embed_dim=8, **head), 3)
 
 
-def fit(module, data, *, steps, accumulate=1, **options):
+def fit(module, data, *, steps, accumulate=1, resume=None, **options):
     trainer = Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulate, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec).*")
-        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), ckpt_path=resume)
     return trainer
 
 
@@ -295,3 +295,15 @@ def test_the_moving_average_is_its_formula():
     with average.applied(module):
         assert_close(dict(module.named_parameters()), expected, msg=None)
     assert all(torch.equal(p, last[name]) for name, p in module.named_parameters())
+
+
+def test_a_run_continued_to_more_steps_goes_by_the_new_schedule_at_once(tmp_path):
+    """The rate that a checkpoint at the end of a run holds is that of its end."""
+    rates, place = [], tmp_path / "end.ckpt"
+    for steps in (3, 6):
+        module = SegmentationModule(segmenter(), Optim(lr=1e-3, schedule="poly", power=1.0), steps=steps)
+        note = Callback()
+        note.on_train_batch_end = lambda trainer, module, *_: rates.append(module.rate)
+        trainer = fit(module, batches(3), steps=steps, callbacks=[note], resume=place if steps == 6 else None)
+        trainer.save_checkpoint(place)
+    assert_close(rates, [1e-3 * (1 - t / 3) for t in range(3)] + [1e-3 * (1 - t / 6) for t in range(3, 6)])

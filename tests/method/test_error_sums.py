@@ -1,5 +1,7 @@
 """`update_from="errors"`: prototypes moved by what their classes still get wrong."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,3 +222,27 @@ def test_prototypes_stay_of_unit_length_when_nothing_is_wrong_any_more(rule, sta
     for _ in range(300):
         one.update(one.losses(features + 0.1 * torch.randn_like(features), labels))
         assert_close(one.prototypes.norm(dim=2), torch.ones(2, 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, [0.7, 1.3, 0.9]])
+@pytest.mark.parametrize("scale", [20.0, 60.0])
+@pytest.mark.parametrize("plain", [False, True])
+def test_prototypes_of_a_class_that_lacks_nothing_stay_with_their_pixels(plain, scale, weights):
+    """In fp32 a probability of 1 lacks what was rounded, of either sign: its direction is not a direction to go."""
+    torch.manual_seed(0)
+    one = PrototypeHead(
+        8, C, num_prototypes=3, projection="none", embed_dim=8, class_weights=weights, score_scale=scale,
+        learn_scale=False,
+    )  # fmt: skip
+    centres = one.prototypes.mean(1)
+    labels = (torch.arange(8) * C // 8).expand(2, 8, 8)
+    features = (centres[labels] + 0.05 * torch.randn(2, 8, 8, 8)).permute(0, 3, 1, 2)
+
+    def nearness():
+        return float((one.prototypes * F.normalize(centres, dim=1)[:, None]).sum(2).min())
+
+    before = nearness()
+    with plain_only() if plain else nullcontext():
+        for _ in range(200):
+            one.update(one.losses(features, labels))
+    assert nearness() > before - 0.01

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -421,6 +423,16 @@ def test_labels_of_another_shape_or_type_are_refused(labels, message):
         build(6, 3).losses(batch(6, 3)[0], labels)
 
 
+def test_features_of_another_shape_are_refused():
+    for call in (build(6, 3), lambda tokens: build(6, 3).losses(tokens, torch.zeros(2, 4, 4, dtype=torch.int64))):
+        with pytest.raises(ValueError, match=r"\(B, channels, h, w\), given \(2, 16, 6\)"):
+            call(torch.zeros(2, 16, 6, dtype=torch.float64))
+
+
+def test_no_image_has_no_scores():
+    assert build(6, 3)(torch.zeros(0, 6, 4, 5, dtype=torch.float64)).shape == (0, 3, 4, 5)
+
+
 def test_wrong_settings_stop():
     with pytest.raises(ValueError, match="preset"):
         PrototypeHead(6, 3, preset="other")
@@ -430,8 +442,13 @@ def test_wrong_settings_stop():
         PrototypeHead(6, 3, num_prototypes=0)
     with pytest.raises(ValueError, match="embed_dim"):
         PrototypeHead(6, 3, projection="none", embed_dim=5)
-    with pytest.raises(ValueError, match="class_weights"):
-        PrototypeHead(6, 3, class_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="embed_dim"):
+        PrototypeHead(6, 3, embed_dim=0)
+    for weights in ([1.0, 2.0], [1.0, 2.0, -1.0], [1.0, 2.0, math.nan]):
+        with pytest.raises(ValueError, match="class_weights"):
+            PrototypeHead(6, 3, class_weights=weights)
+    with pytest.raises(ValueError, match="distance"):
+        PrototypeHead(6, 3, distance=lambda cosine: cosine)  # a function may stand for `assignment` alone
     with pytest.raises(TypeError, match="num_protos"):
         PrototypeHead(6, 3, num_protos=3)
 

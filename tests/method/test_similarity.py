@@ -25,11 +25,17 @@ def test_unit_forgets_length_and_keeps_direction(seed, exponent):
     assert_close(similarity.unit(x * 10.0**exponent), slow_unit(x), rtol=0, atol=1e-12)
 
 
-def test_unit_of_a_zero_vector_is_zero_and_its_gradient_finite():
-    x = torch.zeros(2, 4, requires_grad=True)
+def test_unit_of_a_zero_vector_is_zero_and_so_is_its_gradient():
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
+    similarity.unit(x)[:, 0].sum().backward()
+    assert torch.equal(similarity.unit(x)[0], torch.zeros(2))
+    assert_close(x.grad, torch.tensor([[0.0, 0.0], [0.128, -0.096]]))
+
+
+def test_what_is_not_a_number_has_a_gradient_that_is_none_either():
+    x = torch.full((1, 4), torch.nan, requires_grad=True)
     similarity.unit(x).sum().backward()
-    assert torch.equal(similarity.unit(x), torch.zeros(2, 4))
-    assert x.grad.isfinite().all()
+    assert x.grad.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

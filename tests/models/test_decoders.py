@@ -60,6 +60,12 @@ def test_impossible_pairs_are_refused(backbone, decoder, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("named", [{"backbone": "resnet50"}, {"decoder": "fpn"}])
+def test_a_backbone_or_decoder_that_the_network_would_not_take_is_refused(named):
+    with pytest.raises(UserError, match=r"choose model\.network timm"):
+        build(Model(network="tiny", **named), Head(), 3)
+
+
 def test_a_width_the_decoder_cannot_have_is_refused():
     with pytest.raises(UserError, match=r"fpn does not fit"):  # group norm of 32 groups
         build(Model(network="timm", backbone="test_resnet", decoder="fpn", decoder_channels=33), Head(), 3)

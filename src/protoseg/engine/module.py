@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from protoseg.config import Evaluation, Optim, UserError
 from protoseg.engine.optim import build_optimizer, build_schedule
@@ -83,6 +84,14 @@ class SegmentationModule(LightningModule):
         optimizer = build_optimizer(self.model, self.optim)
         schedule = build_schedule(optimizer, self.optim, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """A run that is continued to more steps than it had goes by the new schedule from its next step on."""
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, LambdaLR):
+            known = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas)
+            for group, peak, factor in known:
+                group["lr"] = peak * factor(schedule.last_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         torch.manual_seed(step_seed(self.seed, self.global_step, len(self._micro_batches), self.global_rank))

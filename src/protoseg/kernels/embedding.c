@@ -118,17 +118,17 @@ int NAME(normed_rows_backward)(const REAL *features, int64_t rows, int64_t w, in
       REAL radial = 0;
 #pragma omp simd reduction(+ : radial)
       for (int64_t d = 0; d < D; d++) radial += to[d] * unit[d];
-      if (!(length[i] > (REAL)HELD)) radial = 0; /* a length that is held does not turn */
+      const REAL shrink = length[i] <= (REAL)HELD ? 0 : 1 / length[i]; /* a length that is held has no gradient */
 #pragma omp simd
-      for (int64_t d = 0; d < D; d++) to[d] = (to[d] - unit[d] * radial) / length[i];
+      for (int64_t d = 0; d < D; d++) to[d] = (to[d] - unit[d] * radial) * shrink;
     }
     if (!along_width) continue;
-    for (int64_t d = 0; d < D; d++) along[d] = length[d] > (REAL)HELD ? along[d] / length[d] : 0;
+    for (int64_t d = 0; d < D; d++) along[d] /= length[d];
     for (int64_t i = 0; i < w; i++) {
       REAL *to = back + (r * w + i) * D;
       const REAL *from = x + i * D;
 #pragma omp simd
-      for (int64_t d = 0; d < D; d++) to[d] = (to[d] - from[d] * along[d]) / length[d];
+      for (int64_t d = 0; d < D; d++) to[d] = length[d] <= (REAL)HELD ? 0 : (to[d] - from[d] * along[d]) / length[d];
     }
   }
   for (int64_t j = 0; learned && j < 2 * D; j++) learned[j] = 0;

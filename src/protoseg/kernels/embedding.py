@@ -97,8 +97,7 @@ class NormedRows(torch.autograd.Function):
                 if to_bias is not None:
                     to_bias += of_bias
             radial = (g * unit).sum(ctx.axis, keepdim=True)
-            radial = torch.where(length > SHORTEST, radial, 0)  # a length that is held does not turn
-            back_pixels[part] = g.addcmul(unit, radial, value=-1).div_(length)
+            back_pixels[part] = g.addcmul(unit, radial, value=-1).div_(length).masked_fill_(length <= SHORTEST, 0)
         return (
             back if ctx.needs_input_grad[0] else None,
             None if to_weight is None else to_weight.to(weight.dtype),

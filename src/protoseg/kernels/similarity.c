@@ -320,13 +320,14 @@ int NAME(errors)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64_
 static double NAME(pixel_losses)(REAL *logits, int64_t stride, int64_t C, int64_t length, const int64_t *labels,
                                  int64_t ignored, const REAL *class_weights, REAL share, const REAL *peak,
                                  int64_t *wrong) {
-  REAL mass[BLOCK] = {0}, picked[BLOCK], weight[BLOCK];
+  REAL mass[BLOCK] = {0}, picked[BLOCK], weight[BLOCK], whole[BLOCK];
   double sum = 0;
   for (int64_t i = 0; i < length; i++) {
     const int64_t label = labels[i];
     const int here = label != ignored && label >= 0 && label < C;
     *wrong += label != ignored && !here;
     weight[i] = !here ? 0 : class_weights ? class_weights[label] : 1;
+    whole[i] = weight[i] * share; /* rounded once: where a label has all of the mass nothing may be left */
     picked[i] = here ? logits[label * stride + i] - peak[i] : 0;
   }
   for (int64_t c = 0; c < C; c++) {
@@ -340,7 +341,7 @@ static double NAME(pixel_losses)(REAL *logits, int64_t stride, int64_t C, int64_
   REAL factor[BLOCK];
   for (int64_t i = 0; i < length; i++) {
     if (labels[i] != ignored) sum += weight[i] * (log(mass[i]) - picked[i]);
-    factor[i] = weight[i] * share / mass[i];
+    factor[i] = whole[i] / mass[i];
   }
   for (int64_t c = 0; c < C; c++) {
     REAL *row = logits + c * stride;
@@ -348,7 +349,7 @@ static double NAME(pixel_losses)(REAL *logits, int64_t stride, int64_t C, int64_
     for (int64_t i = 0; i < length; i++) row[i] *= factor[i];
   }
   for (int64_t i = 0; i < length; i++)
-    if (labels[i] != ignored && labels[i] >= 0 && labels[i] < C) logits[labels[i] * stride + i] -= weight[i] * share;
+    if (labels[i] != ignored && labels[i] >= 0 && labels[i] < C) logits[labels[i] * stride + i] -= whole[i];
   return sum;
 }
 
@@ -436,7 +437,8 @@ int NAME(finish)(REAL *gradient, const REAL *unit, const REAL *lengths, const RE
                  int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < n; i++) {
-    REAL *g = gradient + i * D, along = 0, length = lengths[i];
+    REAL *g = gradient + i * D, along = 0;
+    const int held = lengths[i] <= (REAL)HELD; /* a length that is held has no gradient */
     const REAL *x = unit + i * D;
     if (target[i] >= 0) {
       const REAL *p = prototypes + target[i] * D, pull = -*contrast - 2 * *distance * (1 - near[i]);
@@ -445,8 +447,7 @@ int NAME(finish)(REAL *gradient, const REAL *unit, const REAL *lengths, const RE
     }
 #pragma omp simd reduction(+ : along)
     for (int64_t d = 0; d < D; d++) along += g[d] * x[d];
-    if (!(length > (REAL)HELD)) along = 0, length = (REAL)HELD; /* a length that is held does not turn */
-    const REAL shrink = 1 / length;
+    const REAL shrink = held ? 0 : 1 / lengths[i];
 #pragma omp simd
     for (int64_t d = 0; d < D; d++) g[d] = (g[d] - along * x[d]) * shrink;
   }

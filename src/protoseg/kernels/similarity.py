@@ -627,8 +627,7 @@ def _targets_and_length(
         g, x = gradient[part], batch.embedding[part]
         g.addcmul_(flat[index[part]], pull[part])
         length = torch.linalg.vector_norm(raw[part], dim=1, keepdim=True)
-        radial = torch.where(length > 1e-12, (g * x).sum(1, keepdim=True), 0)
-        g.addcmul_(x, radial, value=-1).div_(length.clamp_min(1e-12))
+        g.addcmul_(x, (g * x).sum(1, keepdim=True), value=-1).div_(length).masked_fill_(length <= 1e-12, 0)
 
 
 def _cast(values: Tensor | None, like: Tensor) -> Tensor | None:

@@ -167,7 +167,8 @@ class PrototypeHead(nn.Module):
     ):
         super().__init__()
         settings = settle(preset, named)
-        for name, value in {"num_classes": num_classes, "num_prototypes": num_prototypes}.items():
+        counts = {"in_channels": in_channels, "num_classes": num_classes, "num_prototypes": num_prototypes}
+        for name, value in (counts if embed_dim is None else counts | {"embed_dim": embed_dim}).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, given {value}")
         if embed_dim is None:
@@ -259,11 +260,11 @@ class PrototypeHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D', h, w) features -> (B, C, h, w) class scores, in fp32 at least."""
-        B, _, h, w = features.shape
+        B, h, w = _sizes(features)
         raw, half = self._embed(features)
         with torch.autocast(features.device.type, enabled=False):
             scores = self._class_scores(raw, half)
-        return scores.view(B, h, w, -1).permute(0, 3, 1, 2)
+        return scores.view(B, h, w, scores.shape[1]).permute(0, 3, 1, 2)
 
     def _class_scores(self, raw: Tensor, half: bool) -> Tensor:
         """(N, D) embedding of any length, and whether it came in half precision -> (N, C)."""
@@ -282,9 +283,9 @@ class PrototypeHead(nn.Module):
             gumbel: (B*h*w, K) noise of `assignment="gumbel"`, drawn here if not given.
 
         Raises:
-            ValueError: labels of the wrong shape or type or, checked on the CPU only, out of range.
+            ValueError: features or labels of the wrong shape or type or, checked on the CPU only, labels out of range.
         """
-        B, _, h, w = features.shape
+        B, h, w = _sizes(features)
         check_labels(labels, len(features), self.num_classes, self.ignore_index)
         raw, half = self._embed(features)  # N D
         with torch.autocast(features.device.type, enabled=False):
@@ -490,6 +491,13 @@ class PrototypeHead(nn.Module):
         if self.update_from == "correct" and predicted is not None:
             moving = moving.masked_fill(predicted != classes, -1)
         return given, moving
+
+
+def _sizes(features: Tensor) -> tuple[int, int, int]:
+    """B, h, w of (B, D', h, w) features."""
+    if features.dim() != 4:
+        raise ValueError(f"features must be (B, channels, h, w), given {tuple(features.shape)}")
+    return features.shape[0], features.shape[2], features.shape[3]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -91,13 +91,15 @@ def weights_of_classes(weights: Sequence[float] | None, num_classes: int) -> Ten
     """(C,) fp32 weights of the cross-entropy, or None for none.
 
     Raises:
-        ValueError: not C of them.
+        ValueError: not C of them, or one that is no weight.
     """
     if weights is None:
         return None
     tensor = torch.as_tensor(weights, dtype=torch.float32)
     if tensor.shape != (num_classes,):
         raise ValueError(f"class_weights needs {num_classes} numbers, given {tensor.numel()}")
+    if not bool(((tensor >= 0) & tensor.isfinite()).all()):
+        raise ValueError(f"class_weights must be finite and not negative, given {tensor.tolist()}")
     return tensor
 
 

@@ -94,7 +94,8 @@ def settle(preset: str, named: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"PrototypeHead has no argument {', '.join(sorted(unknown))}")
     settings = PRESETS[preset] | named
     for name, choices in CHOICES.items():
-        if settings[name] not in choices and not callable(settings[name]):
+        own = name == "assignment" and callable(settings[name])
+        if settings[name] not in choices and not own:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, given {settings[name]!r}")
     for name in ("kappa", "contrast_temperature", "score_scale"):
         if not settings[name] > 0:

@@ -5,17 +5,23 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Distance = Literal["cosine", "euclidean", "huber"]
 HUBER_DELTA = 0.1  # where the Huberised distance turns from square to linear
+SHORTEST = 1e-12  # length: a shorter one counts as this
 NEAREST = 1e-12  # the square root has no gradient at 0: a pixel on its prototype needs none
 
 
 def unit(vectors: Tensor, dim: int = -1) -> Tensor:
-    """Vectors of length 1 along `dim`, in fp32 at least; a zero vector stays zero (eps 1e-12)."""
-    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=dim, eps=1e-12)
+    """Vectors of length 1 along `dim`, in fp32 at least; a zero vector stays zero (eps 1e-12).
+
+    It has no gradient: that of `F.normalize`, a trillion times what comes in, lets one black pixel outweigh all others.
+    """
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    direction = vectors / length.clamp(min=SHORTEST)
+    return torch.where(length <= SHORTEST, direction.detach(), direction)
 
 
 def embed(features: Tensor, norm: Literal["channel", "width"] = "channel") -> Tensor:

@@ -27,6 +27,11 @@ def build(model: Model, head: Head, num_classes: int, ignore_index: int = 255) -
     """
     if model.network not in NETWORKS:
         raise UserError(f"model.network {model.network!r} is unknown; choose one of {', '.join(NETWORKS)}")
+    if model.network != "timm" and (model.backbone or model.decoder != Model.decoder):
+        raise UserError(
+            f"model.network {model.network} has its own backbone and decoder; "
+            "for others choose model.network timm, or leave model.backbone and model.decoder out"
+        )
     backbone, decoder = NETWORKS[model.network](model)
     return assemble(backbone, decoder, model, head, num_classes, ignore_index)
 

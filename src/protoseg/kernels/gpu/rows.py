@@ -55,10 +55,9 @@ def _finish(
     x = tl.load(unit_rows + at, mask=inside, other=0.0)
     values = tl.load(raw + row[:, None] * stride_n + d[None].to(tl.int64) * stride_d, mask=inside, other=0.0)
     length = tl.sqrt(tl.sum(values * values, 1))
-    shortest = tl.full((R,), SHORTEST, length.dtype)
-    radial = tl.where(length > shortest, tl.sum(g * x, 1), 0.0)
-    g = (g - x * radial[:, None]) / tl.maximum(length, shortest)[:, None]
-    tl.store(gradient + at, g, mask=inside)
+    none = length <= tl.full((R,), SHORTEST, length.dtype)  # a length that is held has no gradient
+    g = (g - x * tl.sum(g * x, 1)[:, None]) / tl.where(none, 1.0, length)[:, None]
+    tl.store(gradient + at, tl.where(none[:, None], 0.0, g), mask=inside)
 
 
 @triton.jit
