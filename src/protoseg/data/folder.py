@@ -120,8 +120,8 @@ def _labels(described: dict[str, Any], file: Path) -> LabelSpace:
     names = tuple(str(classes[key]) for key in sorted(classes))
     train = {key: i for i, key in enumerate(sorted(classes))}
     ignore_index = 255 if len(classes) <= 255 else LARGEST_ID
-    ignore = described.get("ignore", [i for i in (ignore_index,) if i not in classes]) or []
-    ignore = [ignore] if isinstance(ignore, int) else ignore
+    ignore = described.get("ignore", [i for i in (ignore_index,) if i not in classes])
+    ignore = [] if ignore is None else [ignore] if isinstance(ignore, int) else ignore  # 0 is an id, not nothing
     if not isinstance(ignore, list) or not all(_is_id(i) for i in ignore):
         raise DataError(f"{file}: `ignore` is a list of ids; given {ignore!r}")
     if both := sorted(set(ignore) & set(classes)):
