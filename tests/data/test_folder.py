@@ -80,9 +80,7 @@ def test_ids_need_not_be_consecutive(tmp_path):
 @pytest.mark.parametrize("ignore", ["0", "[0]"])
 def test_one_ignored_id_needs_no_list_even_0(tmp_path, ignore):
     write_pairs(tmp_path, values=(0, 1, 2))
-    source = described(
-        tmp_path, f"train: {{images: images, masks: masks}}\nclasses: {{1: x, 2: y}}\nignore: {ignore}"
-    )
+    source = described(tmp_path, f"train: {{images: images, masks: masks}}\nclasses: {{1: x, 2: y}}\nignore: {ignore}")
     assert set(np.unique(read(source, 0)[1])) == {0, 1, 255}
     with pytest.raises(DataError, match=r"\[0\] are classes and ignored at once"):
         described(tmp_path, f"classes: [void, x]\nignore: {ignore}")

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from picture_trees import write_folder_set
 from protoseg.config import Data, DataError, Evaluation, Head, Model, Optim, Recipe, UserError
 from protoseg.method.presets import PRESETS
 from protoseg.models import saving
@@ -410,6 +411,15 @@ def test_a_broken_checkpoint_is_named(tmp_path):
 def test_a_refused_recipe_leaves_no_folder(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train(small(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_masks_is_refused_before_the_run(tmp_path, split):
+    file = write_folder_set(tmp_path)
+    file.write_text(file.read_text().replace(f", masks: {split}/masks", ""))
+    with pytest.raises(DataError, match=f"of split '{split}'; give it `masks`"):
+        train(small(tmp_path / "run", data=Data(name="folder", root=str(tmp_path), crop_size=(32, 32), workers=0)))
     assert not (tmp_path / "run").exists()
 
 

@@ -73,6 +73,38 @@ def find(data: Data, split: str) -> Source:
     return source
 
 
+def check_labelled(source: Source, advice: str) -> None:
+    """Refuse items without a mask: trained on they teach nothing, and there is nothing to measure them by.
+
+    Raises:
+        DataError: names the first of them, their number and `advice`.
+    """
+    if bare := unlabelled(source):
+        more = f", nor have {len(bare) - 1} more of split {source.split!r}" if len(bare) > 1 else ""
+        raise DataError(f"{bare[0]}: has no mask{more}; {advice}")
+
+
+def unlabelled(source: Source) -> list[Path]:
+    """The images without a mask."""
+    return [image for image, mask in zip(source.images, source.masks) if mask is None]
+
+
+def find_validation(data: Data) -> Source | None:
+    """The pairs of `data.val_split`; `None` where that is empty.
+
+    Raises:
+        DataError: as `find`, or images without masks.
+    """
+    if not data.val_split:
+        return None
+    try:
+        source = find(data, data.val_split)
+    except NoSplit as error:
+        raise NoSplit(f'{error}, or train without validation: --data.val_split ""') from None
+    check_labelled(source, 'give it `masks` in the data set file, or train without validation: --data.val_split ""')
+    return source
+
+
 def find_training(data: Data) -> Source:
     """The pairs to train on: `data.train_split`, and the images of `data.predicted_split` with predicted masks.
 
@@ -80,10 +112,11 @@ def find_training(data: Data) -> Source:
     without one are left out; those of `data.train_split` come `data.labelled_repeats` times.
 
     Raises:
-        DataError: as `find`; no predicted mask fits; repeats below 1 or without predictions; or the set's own masks
-            hold other ids than a prediction does.
+        DataError: as `find`; images of `data.train_split` without masks; no predicted mask fits; repeats below 1 or
+            without predictions; or the set's own masks hold other ids than a prediction does.
     """
     source = find(data, data.train_split)
+    check_labelled(source, "give it `masks` in the data set file, or name a labelled split as data.train_split")
     times = data.labelled_repeats
     if times < 1 or (times > 1 and not data.predicted):
         raise DataError(f"data.labelled_repeats is {times}; expected 1, or more beside data.predicted")

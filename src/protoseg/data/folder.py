@@ -3,7 +3,7 @@
 ```yaml
 train: {images: images/train, masks: masks/train}            # folders, joined by file stem
 val:   {images: images/*.jpg, masks: "masks/{stem}_m.png", list: val.txt}   # globs, templates, a list of stems
-test:  {images: [a, b]}                                      # masks may be left out
+test:  {images: [a, b]}                                      # masks may be left out, of train and val not
 classes: {0: road, 1: car, 7: tree}                          # id in the mask: name; or a list of names
 ignore: [255]                                                # ids that do not count (255 where nothing is said)
 label_map: {3: 0, 4: 0, 5: 1}                                # optional and complete: id in the mask -> class id

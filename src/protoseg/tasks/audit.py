@@ -133,6 +133,8 @@ def inspect(data: Data) -> Report:
     report = Report()
     known: dict[Any, str] = {}
     for split in dict.fromkeys((data.train_split, data.val_split, data.test_split)):
+        if not split:  # trained without validation
+            continue
         try:
             source, faults = catalog.scan(data, split)
         except DataError as error:
@@ -147,6 +149,10 @@ def inspect(data: Data) -> Report:
             continue
         known[source.images, source.masks] = split
         report.faults += [(split, fault) for fault in faults]
+        bare = catalog.unlabelled(source) if split in (data.train_split, data.val_split) else []
+        if bare:  # one line: most often the split's `masks` are forgotten
+            what = "no mask" + (f", nor for {len(bare) - 1} more" if len(bare) > 1 else "")
+            report.faults.append((split, Fault(str(bare[0]), what, "give the split `masks` in the data set file")))
         report.pairs[split] = len(source)
         masks: Counter[str] = Counter()
         area: Counter[str] = Counter()

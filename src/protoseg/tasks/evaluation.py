@@ -60,7 +60,7 @@ def evaluate(
     source = catalog.find(data, getattr(data, f"{split}_split", split) or split)
     source = beginning_with(source, prefix)
     check_classes(folder, meta["names"], source.labels.names)
-    _check_labelled(source)
+    catalog.check_labelled(source, "evaluate a labelled split, or use protoseg predict")
     part = re.sub(r"\W+", "-", prefix)
     report_file = Path(out) if out else folder / f"evaluation-{source.split}{f'-{part}' if part else ''}.json"
     refuse_unwritable(report_file)
@@ -142,15 +142,6 @@ def check_classes(folder: Path, model: tuple[str, ...], data: tuple[str, ...]) -
         first = next(i for i in range(len(model)) if model[i] != data[i])
         what = f"class {first} is {model[first]!r} in the model but {data[first]!r} in the data set"
     raise UserError(f"{folder}: {what}; evaluate on data with the model's classes ({', '.join(model[:5])}, ...)")
-
-
-def _check_labelled(source: catalog.Source) -> None:
-    bare = [image for image, mask in zip(source.images, source.masks) if mask is None]
-    if bare:
-        raise UserError(
-            f"{bare[0]} and {len(bare) - 1} more of split {source.split!r} have no mask; evaluate a labelled split, "
-            "or use protoseg predict"
-        )
 
 
 def summary(scores: Scores, names: tuple[str, ...]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def train(recipe: Recipe) -> Path:
 
 def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine) -> Path:
     training = catalog.find_training(recipe.data)
-    validation = catalog.find(recipe.data, recipe.data.val_split) if recipe.data.val_split else None
+    validation = catalog.find_validation(recipe.data)
     settings = settings_to_keep(recipe, machine)
     start = 0
     if checkpoint is not None:
