@@ -95,6 +95,15 @@ def test_label_map_merges_and_is_complete(tmp_path):
         read(described(tmp_path, base), 0)
 
 
+def test_label_map_may_use_the_id_that_is_ignored_where_nothing_is_said(tmp_path):
+    write_pairs(tmp_path, values=(0, 255, 7))
+    base = "train: {images: images, masks: masks}\nclasses: {0: bg, 1: fg}\n"
+    source = described(tmp_path, base + "label_map: {0: 0, 255: 1, 7: 255}")
+    assert read(source, 0)[1][0, :3].tolist() == [0, 1, 255]
+    with pytest.raises(DataError, match=r"\[255\] are in `label_map` and in `ignore`"):
+        described(tmp_path, base + "label_map: {0: 0, 255: 1}\nignore: [255]")
+
+
 def test_rgb_masks_through_the_palette(tmp_path):
     write_image(tmp_path / "images" / "a.png", (1, 4))
     (tmp_path / "masks").mkdir()
@@ -138,6 +147,7 @@ def test_more_than_255_classes_need_another_ignore_index(tmp_path):
         ("classes: {0: x, 5: y}\nignore: [5]", "classes and ignored at once"),
         ("classes: [x, y]\nignore: [many]", "`ignore` is a list of ids"),
         ("classes: [x, y]\nlabel_map: {0: 7}", "point.* no classes: {0: 7}"),
+        ("classes: [x, y]\nlabel_map: {0: [0], 255: 1}", r"dataset\.yaml: `label_map` maps ids .* one each"),
         ("classes: [x, y]\nlabel_map: {9: 1}\nignore: [9]", "in `label_map` and in `ignore`"),
         ("classes: [x, y]\npalette: {0: [1, 2]}", "a colour is"),
         ("classes: [x, y]\npalette: {0: [1, 2, 3], 1: [1, 2, 3]}", "to ids 0 and 1"),

@@ -129,14 +129,15 @@ def _labels(described: dict[str, Any], file: Path) -> LabelSpace:
     ids: dict[int, int] = dict(train)
     if "label_map" in described:
         table = described["label_map"]
-        if not isinstance(table, dict) or not all(_is_id(raw) for raw in table):
-            raise DataError(f"{file}: `label_map` maps ids in the mask to class ids; given {table!r}")
+        if not isinstance(table, dict) or not all(_is_id(i) for pair in table.items() for i in pair):
+            raise DataError(f"{file}: `label_map` maps ids in the mask to class ids, one each; given {table!r}")
         if wrong := {raw: to for raw, to in table.items() if to not in train and to not in ignore}:
             raise DataError(f"{file}: `label_map` points to ids that are no classes: {wrong}; classes: {sorted(train)}")
         ids = {raw: train.get(to, ignore_index) for raw, to in table.items()}
-        if both := sorted(set(ignore) & {raw for raw, to in ids.items() if to != ignore_index}):
+        both = sorted(set(ignore) & {raw for raw, to in ids.items() if to != ignore_index})
+        if both and "ignore" in described:
             raise DataError(f"{file}: {both} are in `label_map` and in `ignore`; take them out of one of the two")
-    ids |= dict.fromkeys(ignore, ignore_index)
+    ids = dict.fromkeys(ignore, ignore_index) | ids  # where nothing is said, what `label_map` needs is not ignored
     palette, colours = _colours(described.get("palette"), names, train, {*ignore}, ignore_index, file)
     return LabelSpace(names, palette, ignore_index, tuple(sorted(ids.items())), colours)
 
