@@ -57,6 +57,23 @@ def test_globs_templates_lists_and_several_places(tmp_path):
     assert described(tmp_path, text).stems == ("b c", "d", "e")
 
 
+def test_a_folder_or_file_whose_name_looks_like_a_glob_is_itself(tmp_path):
+    write_pairs(tmp_path, images="set [1]/why?", masks="set [1]/m*", names=("a", "b"))
+    write_image(tmp_path / "c[0].png")
+    write_mask(tmp_path / "set [1]" / "m*" / "c[0].png", [0, 1])
+    text = 'train: {images: ["set [1]/why?", "c[0].png"], masks: "set [1]/m*"}\nclasses: [x, y]\n'
+    assert described(tmp_path, text).stems == ("a", "b", "c[0]")
+
+
+def test_a_glob_leaves_out_the_files_a_folder_leaves_out(tmp_path):
+    write_pairs(tmp_path)
+    for place in ("images", "masks"):
+        (tmp_path / place / "._a.png").write_bytes(b"a resource fork of macOS")
+    assert described(tmp_path, "train: {images: images, masks: masks}\nclasses: [x, y]").stems == ("a", "b", "c")
+    text = "train: {images: 'images/*.png', masks: 'masks/*.png'}\nclasses: [x, y]"
+    assert described(tmp_path, text).stems == ("a", "b", "c")
+
+
 def test_a_listed_image_that_is_missing_is_a_fault(tmp_path):
     write_pairs(tmp_path)
     (tmp_path / "train.txt").write_text("a\nzzz\n")
@@ -141,6 +158,8 @@ def test_more_than_255_classes_need_another_ignore_index(tmp_path):
         ("train: {images: 3}\nclasses: [x, y]", "a place is a folder"),
         ("train: {images: nowhere, masks: masks}\nclasses: [x, y]", "nowhere: no such file or directory"),
         ("train: {images: '*.gif', masks: masks}\nclasses: [x, y]", "no images in"),
+        ("train: {images: 'i/**x'}\nclasses: [x, y]", r"dataset\.yaml: `images`: 'i/\*\*x' is no glob"),
+        ("train: {images: images, masks: 'm**'}\nclasses: [x, y]", "`masks`: 'm[*][*]' is no glob"),
         ("train: {images: 'i/{stem}.png'}\nclasses: [x, y]", "only works in `masks`"),
         ("train: {images: images, masks: masks, list: no.txt}\nclasses: [x, y]", r"no\.txt: cannot be read as a list"),
         ("val: {images: images}\nclasses: [x, y]", "no split 'train'; it describes val"),

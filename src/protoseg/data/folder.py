@@ -184,18 +184,29 @@ def _collect(given: Any, root: Path, file: Path, stems: Sequence[str] | None = N
                 raise DataError(f"{file}: {{stem}} stands for the image's stem; it only works in `masks`")
             paths = [(stem, root / place.replace("{stem}", stem)) for stem in stems]
             found += [Entry(stem, path) for stem, path in paths if path.exists()]
-        elif any(mark in place for mark in "*?["):
-            # Path.glob takes no absolute pattern, so an absolute one starts from its anchor.
-            start = Path(place).anchor
-            matches = sorted((Path(start) if start else root).glob(place[len(start) :]))
-            found += [Entry(path.stem, path) for path in matches if path.suffix.lower() in SUFFIXES]
         elif (root / place).suffix.lower() in SUFFIXES and (root / place).is_file():
             found.append(Entry(Path(place).stem, root / place))
+        elif any(mark in place for mark in "*?[") and not (root / place).is_dir():  # a name may hold these marks too
+            found += _matches(place, root, file, "images" if stems is None else "masks")
         else:
             found += entries(root / place)
     if not found and stems is None:
         raise DataError(f"{file}: no images in {given!r} below {root}; known endings are {', '.join(SUFFIXES)}")
     return found
+
+
+def _matches(pattern: str, root: Path, file: Path, key: str) -> list[Entry]:
+    # Path.glob takes no absolute pattern, so an absolute one starts from its anchor.
+    start = Path(pattern).anchor
+    try:
+        paths = sorted((Path(start) if start else root).glob(pattern[len(start) :]))
+    except ValueError as error:
+        what = str(error).partition(":")[0].lower()
+        raise DataError(
+            f"{file}: `{key}`: {pattern!r} is no glob ({what}); ** stands alone between slashes, as in images/**/*.png"
+        ) from None
+    # macOS leaves `._one.png` beside one.png, which is no picture; a folder is read without such files too
+    return [Entry(p.stem, p) for p in paths if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
 
 
 def _stem(word: str) -> str:
