@@ -278,3 +278,13 @@ def test_predicted_masks_that_cannot_be_meant_are_refused(tmp_path):
     )
     with pytest.raises(DataError, match="hold other ids than class ids"):
         catalog.find_training(data)
+
+
+def test_predicted_masks_say_that_they_need_their_void(tmp_path):
+    data = predicted_tree(tmp_path)
+    text = (tmp_path / "dataset.yaml").read_text()
+    (tmp_path / "dataset.yaml").write_text(text + "ignore: [7]\n")
+    with pytest.raises(DataError, match=r"hold 255 for void, .* add 255 to `ignore` in the data set file"):
+        catalog.find_training(data)
+    (tmp_path / "dataset.yaml").write_text(text + "ignore: [7, 255]\n")
+    assert len(catalog.find_training(data)) == 4

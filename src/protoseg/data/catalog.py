@@ -14,7 +14,7 @@ from pathlib import Path
 from protoseg.config import Data, DataError
 from protoseg.data import folder, synthetic
 from protoseg.data.images import MAX_PIXELS
-from protoseg.data.labels import LabelSpace, known_classes
+from protoseg.data.labels import UNKNOWN, LabelSpace, known_classes
 from protoseg.data.listing import Entry, Fault, NoSplit, entries, join
 
 
@@ -123,11 +123,16 @@ def find_training(data: Data) -> Source:
     if not data.predicted:
         return source
     labels = source.labels
-    as_predicted = all(labels.table[i] == i for i in (*range(labels.num_classes), labels.ignore_index))
-    if not as_predicted:
+    void = labels.ignore_index
+    if any(labels.table[i] != i for i in range(labels.num_classes)) or labels.table[void] not in (void, UNKNOWN):
         raise DataError(
             f"data.predicted: masks of {data.name} hold other ids than class ids 0..{labels.num_classes - 1} and "
-            f"{labels.ignore_index} for void, so predicted masks cannot stand beside them"
+            f"{void} for void, so predicted masks cannot stand beside them; write the masks with these ids first"
+        )
+    if labels.table[void] == UNKNOWN:
+        raise DataError(
+            f"data.predicted: predicted masks hold {void} for void, which {data.name} does not know; "
+            f"add {void} to `ignore` in the data set file"
         )
     folder_, rest = Path(data.predicted).expanduser(), find(data, data.predicted_split)
     masks = [folder_ / f"{stem}.png" for stem in rest.stems]
