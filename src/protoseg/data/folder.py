@@ -117,6 +117,9 @@ def _labels(described: dict[str, Any], file: Path) -> LabelSpace:
     classes = dict(enumerate(classes)) if isinstance(classes, list) else classes
     if not classes or not all(_is_id(key) and isinstance(name, str | int | bool) for key, name in classes.items()):
         raise DataError(f"{file}: `classes` maps ids (0..{LARGEST_ID}) to names; given {classes!r}")
+    if read_wrongly := [name for name in classes.values() if isinstance(name, bool)]:
+        said = "yes, on or true" if read_wrongly[0] else "no, off or false"
+        raise DataError(f'{file}: `classes`: YAML reads a bare {said} as a truth value; put the name in quotes: "no"')
     names = tuple(str(classes[key]) for key in sorted(classes))
     train = {key: i for i, key in enumerate(sorted(classes))}
     ignore_index = 255 if len(classes) <= 255 else LARGEST_ID
@@ -148,6 +151,11 @@ def _colours(
     drawn = list(default_palette(names))
     if given is None:
         return tuple(drawn), ()
+    if isinstance(given, list) and len(given) != len(train):
+        raise DataError(
+            f"{file}: `palette` as a list is one colour a class, in the order of their ids; there are {len(train)} "
+            f"classes, given {len(given)}: give as many, or map ids to colours"
+        )
     table = dict(zip(sorted(train), given)) if isinstance(given, list) else given
     if not isinstance(table, dict) or (wrong := sorted(set(table) - set(train) - ignore, key=str)):
         problem = f"ids {wrong} are neither classes nor ignored" if isinstance(table, dict) else f"given {given!r}"
