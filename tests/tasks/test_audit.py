@@ -51,7 +51,7 @@ def test_every_fault_is_in_one_report(tmp_path, capsys):
     }
     assert report["fault_count"] == 7
     assert all(fault["fix"] for fault in report["faults"])
-    assert any("value 7 is unknown in 1 masks, 12 px" in hint for hint in report["hints"])
+    assert any("value 7 is unknown in 1 mask, 12 px" in hint for hint in report["hints"])
 
 
 def test_the_table_names_files_and_fixes(tmp_path, capsys):

@@ -16,7 +16,7 @@ from protoseg.data.dataset import SegmentationDataset
 from protoseg.engine import windows
 from protoseg.engine.scoring import Scores, score
 from protoseg.models import count_parameters, saving
-from protoseg.tasks.files import counted, refuse_unwritable, write_json
+from protoseg.tasks.files import counted, refuse_unwritable, several, write_json
 from protoseg.tasks.saved import choose_device, model_folder, recorded, recorded_evaluation, settings_of
 
 
@@ -188,7 +188,7 @@ def table(report: dict[str, Any]) -> str:
     lines.append("")
     lines.append(
         f"mIoU {percent(report['miou'])} over {report['miou_over_classes']} of {report['num_classes']} classes, "
-        f"{report['images']} images of {report['split']!r}"
+        f"{several(report['images'], 'image')} of {report['split']!r}"
         + (f" that begin with {report['prefix']!r}" if report["prefix"] else "")
     )
     lines.append(

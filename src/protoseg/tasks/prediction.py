@@ -35,7 +35,7 @@ from protoseg.engine.drawing import default_palette, index_image, overlay
 from protoseg.engine.windows import segment_labels
 from protoseg.models import saving
 from protoseg.models.segmenter import Segmenter
-from protoseg.tasks.files import counted, write_json, write_whole
+from protoseg.tasks.files import counted, several, write_json, write_whole
 from protoseg.tasks.outputs import ORIGIN, file_key, fingerprint, is_done, plan
 from protoseg.tasks.saved import choose_device, model_folder, recorded_evaluation
 
@@ -329,12 +329,15 @@ def _confidence(result: Prediction) -> np.ndarray:
 
 
 def _report(outcome: Outcome, out: Path) -> None:
-    there = f", {len(outcome.skipped)} were there already" if outcome.skipped else ""
-    count = len(outcome.written)
-    print(f"{count} image{'' if count == 1 else 's'} segmented into {out}{there}")
+    there = (
+        f", {len(outcome.skipped)} {'was' if len(outcome.skipped) == 1 else 'were'} there already"
+        if outcome.skipped
+        else ""
+    )
+    print(f"{several(len(outcome.written), 'image')} segmented into {out}{there}")
     if outcome.failed:
         total = len(outcome.written) + len(outcome.skipped) + len(outcome.failed)
-        print(f"{len(outcome.failed)} of {total} images failed:", file=sys.stderr)
+        print(f"{len(outcome.failed)} of {several(total, 'image')} failed:", file=sys.stderr)
         for source, reason in outcome.failed:
             print(f"  {reason if str(source) in reason else f'{source}: {reason}'}", file=sys.stderr)
 
