@@ -94,7 +94,9 @@ def test_a_set_that_cannot_be_listed_is_a_fault_not_a_crash(tmp_path, capsys, fa
     elif fault == "split":
         data = Data(name="folder", root=str(tmp_path), val_split="nope")
     assert audit.check(data) == 3
-    assert "FAULT" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "FAULT" in out
+    assert ('or train without validation: --data.val_split ""' in out) == (fault == "split")
 
 
 @pytest.mark.parametrize(

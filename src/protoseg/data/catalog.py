@@ -17,6 +17,8 @@ from protoseg.data.images import MAX_PIXELS
 from protoseg.data.labels import UNKNOWN, LabelSpace, known_classes
 from protoseg.data.listing import Entry, Fault, NoSplit, entries, join
 
+WITHOUT_VALIDATION = 'train without validation: --data.val_split ""'
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -100,8 +102,8 @@ def find_validation(data: Data) -> Source | None:
     try:
         source = find(data, data.val_split)
     except NoSplit as error:
-        raise NoSplit(f'{error}, or train without validation: --data.val_split ""') from None
-    check_labelled(source, 'give it `masks` in the data set file, or train without validation: --data.val_split ""')
+        raise NoSplit(f"{error}, or {WITHOUT_VALIDATION}") from None
+    check_labelled(source, f"give it `masks` in the data set file, or {WITHOUT_VALIDATION}")
     return source
 
 

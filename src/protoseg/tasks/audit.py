@@ -142,6 +142,8 @@ def inspect(data: Data) -> Report:
             source, faults = catalog.scan(data, split)
         except DataError as error:
             absent = isinstance(error, NoSplit) and split not in (data.train_split, data.val_split)
+            if isinstance(error, NoSplit) and split == data.val_split:
+                error = NoSplit(f"{error}, or {catalog.WITHOUT_VALIDATION}")
             if absent:
                 report.hints.append(f"no split {split!r}: {error}")
             elif all(fault != _fault("", error) for _, fault in report.faults):  # a bad root is bad for every split
