@@ -258,9 +258,10 @@ def test_evaluate_takes_the_settings_of_the_run_and_the_users_on_top(tmp_path):
         _, given = parse(["evaluate", str(folder), "--data.root", "there", "--evaluation.scales", "[1,2]"])
         assert given.data == Data(name="camvid", root="there", crop_size=(9, 9))
         assert given.evaluation == Evaluation(flip=True, scales=(1.0, 2.0))
-    _, given = parse(["predict", str(model), "a.png", "b", "--evaluation.flip=false"])
+    _, given = parse(["predict", str(model), "a.png", "b", "--evaluation.flip=false", "--max_pixels", "150000000"])
     assert given.evaluation == Evaluation()
     assert given.images == ["a.png", "b"]
+    assert given.max_pixels == 150_000_000
 
 
 def test_evaluate_outside_a_run_knows_nothing_that_was_not_said(tmp_path):

@@ -308,6 +308,9 @@ def predict_options(parser: Parser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="do again what is there already")
     parser.add_argument("--exif", action="store_true", help="turn images upright as their EXIF orientation says")
+    parser.add_argument(
+        "--max_pixels", type=int, default=Data.max_pixels, help="refuse to decode larger images (decompression bombs)"
+    )
     _device(parser)
     section_options(parser, Evaluation)
 
@@ -317,7 +320,7 @@ def predict(settings: Any) -> int:
 
     names = [
         *("out", "overlay", "confidence", "evaluation", "void_below", "keep_surest"),
-        *("submission_format", "overwrite", "exif", "device"),
+        *("submission_format", "overwrite", "exif", "max_pixels", "device"),
     ]
     return predict(settings.model, settings.images, **{name: settings[name] for name in names}).exit_code
 

@@ -219,6 +219,25 @@ def test_images_and_masks_of_different_size_are_refused(tmp_path):
         dataset[0]
 
 
+@pytest.mark.parametrize("masks", ["", ", masks: ", ", masks: []"])
+def test_a_split_without_masks_is_neither_trained_on_nor_validated_on(tmp_path, masks):
+    write_pairs(tmp_path)
+    file = tmp_path / "dataset.yaml"
+    data = Data(name="folder", root=str(tmp_path))
+    text = "train: {images: images%s}\nval: {images: images%s}\nclasses: [x, y]\n"
+    file.write_text(text % (masks, ", masks: masks"))
+    with pytest.raises(DataError, match=r"a\.png: has no mask, nor have 2 more of split 'train'; give it `masks`"):
+        catalog.find_training(data)
+    assert len(catalog.find_validation(data)) == 3
+    file.write_text(text % (", masks: masks", masks))
+    assert len(catalog.find_training(data)) == 3
+    with pytest.raises(DataError, match=r"has no mask, nor have 2 more of split 'val'; .*--data\.val_split \"\""):
+        catalog.find_validation(data)
+    assert catalog.find_validation(replace(data, val_split="")) is None
+    with pytest.raises(NoSplit, match=r"no split 'dev'.*--data\.val_split \"\""):
+        catalog.find_validation(replace(data, val_split="dev"))
+
+
 def predicted_tree(root):
     """Two labelled images, three unlabelled ones, and predicted masks for two of those."""
     write_pairs(root, names=("a", "b"))
@@ -259,3 +278,13 @@ def test_predicted_masks_that_cannot_be_meant_are_refused(tmp_path):
     )
     with pytest.raises(DataError, match="hold other ids than class ids"):
         catalog.find_training(data)
+
+
+def test_predicted_masks_say_that_they_need_their_void(tmp_path):
+    data = predicted_tree(tmp_path)
+    text = (tmp_path / "dataset.yaml").read_text()
+    (tmp_path / "dataset.yaml").write_text(text + "ignore: [7]\n")
+    with pytest.raises(DataError, match=r"hold 255 for void, .* add 255 to `ignore` in the data set file"):
+        catalog.find_training(data)
+    (tmp_path / "dataset.yaml").write_text(text + "ignore: [7, 255]\n")
+    assert len(catalog.find_training(data)) == 4

@@ -57,6 +57,23 @@ def test_globs_templates_lists_and_several_places(tmp_path):
     assert described(tmp_path, text).stems == ("b c", "d", "e")
 
 
+def test_a_folder_or_file_whose_name_looks_like_a_glob_is_itself(tmp_path):
+    write_pairs(tmp_path, images="set [1]/why?", masks="set [1]/m*", names=("a", "b"))
+    write_image(tmp_path / "c[0].png")
+    write_mask(tmp_path / "set [1]" / "m*" / "c[0].png", [0, 1])
+    text = 'train: {images: ["set [1]/why?", "c[0].png"], masks: "set [1]/m*"}\nclasses: [x, y]\n'
+    assert described(tmp_path, text).stems == ("a", "b", "c[0]")
+
+
+def test_a_glob_leaves_out_the_files_a_folder_leaves_out(tmp_path):
+    write_pairs(tmp_path)
+    for place in ("images", "masks"):
+        (tmp_path / place / "._a.png").write_bytes(b"a resource fork of macOS")
+    assert described(tmp_path, "train: {images: images, masks: masks}\nclasses: [x, y]").stems == ("a", "b", "c")
+    text = "train: {images: 'images/*.png', masks: 'masks/*.png'}\nclasses: [x, y]"
+    assert described(tmp_path, text).stems == ("a", "b", "c")
+
+
 def test_a_listed_image_that_is_missing_is_a_fault(tmp_path):
     write_pairs(tmp_path)
     (tmp_path / "train.txt").write_text("a\nzzz\n")
@@ -77,6 +94,15 @@ def test_ids_need_not_be_consecutive(tmp_path):
     assert set(np.unique(read(source, 0)[1])) == {0, 1}
 
 
+@pytest.mark.parametrize("ignore", ["0", "[0]"])
+def test_one_ignored_id_needs_no_list_even_0(tmp_path, ignore):
+    write_pairs(tmp_path, values=(0, 1, 2))
+    source = described(tmp_path, f"train: {{images: images, masks: masks}}\nclasses: {{1: x, 2: y}}\nignore: {ignore}")
+    assert set(np.unique(read(source, 0)[1])) == {0, 1, 255}
+    with pytest.raises(DataError, match=r"\[0\] are classes and ignored at once"):
+        described(tmp_path, f"classes: [void, x]\nignore: {ignore}")
+
+
 def test_label_map_merges_and_is_complete(tmp_path):
     write_pairs(tmp_path, values=(3, 4, 5, 9))
     base = "train: {images: images, masks: masks}\nclasses: {0: x, 1: y}\nlabel_map: {3: 0, 4: 0, 5: 1}\n"
@@ -84,6 +110,15 @@ def test_label_map_merges_and_is_complete(tmp_path):
     assert set(np.unique(read(source, 0)[1])) == {0, 1, 255}
     with pytest.raises(DataError, match=r"unknown label value 9 \(\d+ px\), but expected are 3-5, 255"):
         read(described(tmp_path, base), 0)
+
+
+def test_label_map_may_use_the_id_that_is_ignored_where_nothing_is_said(tmp_path):
+    write_pairs(tmp_path, values=(0, 255, 7))
+    base = "train: {images: images, masks: masks}\nclasses: {0: bg, 1: fg}\n"
+    source = described(tmp_path, base + "label_map: {0: 0, 255: 1, 7: 255}")
+    assert read(source, 0)[1][0, :3].tolist() == [0, 1, 255]
+    with pytest.raises(DataError, match=r"\[255\] are in `label_map` and in `ignore`"):
+        described(tmp_path, base + "label_map: {0: 0, 255: 1}\nignore: [255]")
 
 
 def test_rgb_masks_through_the_palette(tmp_path):
@@ -123,13 +158,20 @@ def test_more_than_255_classes_need_another_ignore_index(tmp_path):
         ("train: {images: 3}\nclasses: [x, y]", "a place is a folder"),
         ("train: {images: nowhere, masks: masks}\nclasses: [x, y]", "nowhere: no such file or directory"),
         ("train: {images: '*.gif', masks: masks}\nclasses: [x, y]", "no images in"),
+        ("train: {images: 'i/**x'}\nclasses: [x, y]", r"dataset\.yaml: `images`: 'i/\*\*x' is no glob"),
+        ("train: {images: images, masks: 'm**'}\nclasses: [x, y]", "`masks`: 'm[*][*]' is no glob"),
         ("train: {images: 'i/{stem}.png'}\nclasses: [x, y]", "only works in `masks`"),
         ("train: {images: images, masks: masks, list: no.txt}\nclasses: [x, y]", r"no\.txt: cannot be read as a list"),
         ("val: {images: images}\nclasses: [x, y]", "no split 'train'; it describes val"),
         ("classes: {0: x, 5: y}\nignore: [5]", "classes and ignored at once"),
         ("classes: [x, y]\nignore: [many]", "`ignore` is a list of ids"),
         ("classes: [x, y]\nlabel_map: {0: 7}", "point.* no classes: {0: 7}"),
+        ("classes: [x, y]\nlabel_map: {0: [0], 255: 1}", r"dataset\.yaml: `label_map` maps ids .* one each"),
         ("classes: [x, y]\nlabel_map: {9: 1}\nignore: [9]", "in `label_map` and in `ignore`"),
+        ("classes: [no, x]", r"dataset\.yaml: `classes`: YAML reads a bare no, off or false .* in quotes"),
+        ("classes: {0: x, 1: yes}", "YAML reads a bare yes, on or true"),
+        ("classes: [x, y]\npalette: [[1, 2, 3]]", r"dataset\.yaml: `palette` as a list .* 2 classes, given 1"),
+        ("classes: [x, y]\npalette: ['#000000', '#000001', '#000002']", "there are 2 classes, given 3"),
         ("classes: [x, y]\npalette: {0: [1, 2]}", "a colour is"),
         ("classes: [x, y]\npalette: {0: [1, 2, 3], 1: [1, 2, 3]}", "to ids 0 and 1"),
         ("classes: [x, y]\npalette: {7: [1, 2, 3]}", "neither classes nor ignored"),

@@ -159,13 +159,15 @@ def test_bombs_are_refused_by_their_header(tmp_path, size):
     fixed = blob[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + blob[33:]
     (tmp_path / "bomb.png").write_bytes(fixed)
     for read in (read_image, read_raw_mask):
-        with pytest.raises(DataError, match=r"bomb\.png"):
+        with pytest.raises(
+            DataError, match=r"bomb\.png: .*(raise it: --max_pixels|178956970 pixels.* cut the picture)"
+        ):
             read(tmp_path / "bomb.png")
 
 
 def test_the_pixel_limit_is_an_option(tmp_path):
     write_image(tmp_path / "p.png", (10, 10))
-    with pytest.raises(DataError, match=r"10 x 10 pixels, more than data\.max_pixels = 99"):
+    with pytest.raises(DataError, match=r"10 x 10 pixels, more than max_pixels = 99; .*data\.max_pixels"):
         read_image(tmp_path / "p.png", max_pixels=99)
     assert read_image(tmp_path / "p.png", max_pixels=100).shape == (10, 10, 3)
 

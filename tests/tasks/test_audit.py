@@ -51,7 +51,7 @@ def test_every_fault_is_in_one_report(tmp_path, capsys):
     }
     assert report["fault_count"] == 7
     assert all(fault["fix"] for fault in report["faults"])
-    assert any("value 7 is unknown in 1 masks, 12 px" in hint for hint in report["hints"])
+    assert any("value 7 is unknown in 1 mask, 12 px" in hint for hint in report["hints"])
 
 
 def test_the_table_names_files_and_fixes(tmp_path, capsys):
@@ -66,6 +66,25 @@ def test_the_table_names_files_and_fixes(tmp_path, capsys):
     assert "add the mask or remove the image" in out
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_forgotten_masks_are_one_fault(tmp_path, capsys, split):
+    file = write_folder_set(tmp_path, "test: {images: val/images}\n")
+    data = Data(name="folder", root=str(tmp_path))
+    assert audit.check(data) == 0  # a test split may go without
+    file.write_text(file.read_text().replace(f", masks: {split}/masks", ""))
+    assert audit.check(data, json=True) == 3
+    out = capsys.readouterr().out
+    (fault,) = [f for f in json.loads(out[out.index("{") :])["faults"] if not f["warning"]]
+    assert fault["split"] == split
+    assert fault["what"].startswith("no mask, nor for ")
+    assert "`masks`" in fault["fix"]
+
+
+def test_no_validation_is_no_fault(tmp_path):
+    write_folder_set(tmp_path)
+    assert audit.check(Data(name="folder", root=str(tmp_path), val_split="")) == 0
+
+
 @pytest.mark.parametrize("fault", ["root", "yaml", "split"])
 def test_a_set_that_cannot_be_listed_is_a_fault_not_a_crash(tmp_path, capsys, fault):
     file = write_folder_set(tmp_path)
@@ -75,7 +94,9 @@ def test_a_set_that_cannot_be_listed_is_a_fault_not_a_crash(tmp_path, capsys, fa
     elif fault == "split":
         data = Data(name="folder", root=str(tmp_path), val_split="nope")
     assert audit.check(data) == 3
-    assert "FAULT" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "FAULT" in out
+    assert ('or train without validation: --data.val_split ""' in out) == (fault == "split")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from protoseg.config import UserError
-from protoseg.tasks.files import counted, write_json, write_whole
+from protoseg.tasks.files import counted, several, write_json, write_whole
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -22,6 +22,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         write_whole(path, broken)
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+def test_one_of_a_thing_is_not_several():
+    assert [several(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [several(n, "class", "classes") for n in (1, 3)] == ["1 class", "3 classes"]
 
 
 def test_files_get_the_usual_permissions(tmp_path):

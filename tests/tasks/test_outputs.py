@@ -1,6 +1,7 @@
 """Each image has its own place below the output folder, the same one every time."""
 
 import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -35,6 +36,29 @@ def test_equal_names_do_not_collide(photos, tmp_path):
         sources = {os.path.realpath(source) for source, _ in jobs}
         assert len(sources) == len(jobs)
         assert jobs == plan(given, tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", ["predictions", "."])
+@pytest.mark.parametrize("given", [".", "**/*.png"])
+def test_a_second_time_its_own_outputs_are_no_images(photos, monkeypatch, out, given):
+    monkeypatch.chdir(photos)
+    jobs = plan([given], Path(out))
+    assert len(jobs) == 3
+    for _, target in jobs:
+        for file in (target.labels, target.overlay):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("P", (8, 8)).save(file)
+    assert plan([given], Path(out)) == jobs
+    with pytest.raises(UserError, match="all images in this folder are outputs below"):
+        plan([Path(out, "labels")], Path(out))
+
+
+def test_hidden_files_of_a_folder_are_no_images(photos, tmp_path):
+    for name in ("._a.png", "deep/._a.png", ".thumbnails/a.png"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"a resource fork of macOS")
+    assert [source.name for source, _ in plan([photos], tmp_path / "out")] == ["a.png", "b.png", "a.png"]
+    assert len(plan([photos / "._a.png"], tmp_path / "out")) == 1  # named by itself it is meant
 
 
 def test_names_stay_inside_the_output_folder(photos, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from PIL import Image
 import protoseg
 from protoseg.config import DataError, Evaluation, UserError
 from protoseg.data import synthetic
+from protoseg.data.images import read_image
 from protoseg.data.labels import known_classes
 from protoseg.tasks import prediction
 from protoseg.tasks.prediction import affordable, load, predict
@@ -140,6 +141,20 @@ def test_a_bad_image_is_named_and_the_others_are_done(model, photos, tmp_path, c
     error = capsys.readouterr().err
     assert "1 of 4 images failed" in error
     assert "broken.jpg" in error
+
+
+def test_the_limit_of_pixels_is_raised_as_its_message_says(model, photos, tmp_path, monkeypatch):
+    refused = predict(model, [photos / "a.png"], tmp_path / "out", max_pixels=40 * 56 - 1)
+    assert "40 x 56 pixels" in refused.failed[0][1]
+    assert "--max_pixels of predict" in refused.failed[0][1]
+    limits = []
+    monkeypatch.setattr(
+        prediction, "read_image", lambda path, exif, limit: limits.append(limit) or read_image(path, exif, limit)
+    )
+    assert predict(model, [photos / "a.png"], tmp_path / "out", max_pixels=40 * 56, keep_surest=0.5).exit_code == 0
+    assert limits == [40 * 56] * 2  # the look at how sure the model is reads pictures too
+    with pytest.raises(DataError, match="max_pixels = 9"):
+        load(model).predict(photos / "a.png", max_pixels=9)
 
 
 def test_nothing_is_written_where_no_image_can_be_read(model, tmp_path, capsys):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from picture_trees import write_folder_set, write_mask
 from protoseg.config import Data, DataError, Evaluation, Head, Model, Optim, Recipe, UserError
 from protoseg.method.presets import PRESETS
 from protoseg.models import saving
@@ -411,6 +412,34 @@ def test_a_refused_recipe_leaves_no_folder(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train(small(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_masks_is_refused_before_the_run(tmp_path, split):
+    file = write_folder_set(tmp_path)
+    file.write_text(file.read_text().replace(f", masks: {split}/masks", ""))
+    with pytest.raises(DataError, match=f"of split '{split}'; give it `masks`"):
+        train(small(tmp_path / "run", data=Data(name="folder", root=str(tmp_path), crop_size=(32, 32), workers=0)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_too_small_for_the_network_is_refused_in_words_and_leaves_no_folder(tmp_path):
+    data = Data(crop_size=(32, 32), length=4, limit=4, workers=0)
+    with pytest.raises(UserError, match=r"a micro-batch of 1 32x32 crops is too small for tiny; raise batch_size"):
+        train(small(tmp_path / "run", data=data, batch_size=1, micro_batch=None))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("void", [True, False])
+def test_a_best_model_is_named_only_where_there_is_one(tmp_path, capsys, void):
+    write_folder_set(tmp_path)
+    for name in ("d", "e") if void else ():
+        write_mask(tmp_path / "val" / "masks" / f"{name}.png", [255])
+    data = Data(name="folder", root=str(tmp_path), crop_size=(32, 32), workers=0)
+    run = train(small(tmp_path / "run", data=data, steps=1, batch_size=2, checkpoint_every=0))
+    said = capsys.readouterr().out
+    assert "final (last step)" in said
+    assert ("best on val" in said) == (run / "best").is_dir() == (not void)
 
 
 def test_a_mask_that_cannot_be_read_ends_the_run_as_a_data_error(tmp_path, monkeypatch):

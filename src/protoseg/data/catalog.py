@@ -14,8 +14,10 @@ from pathlib import Path
 from protoseg.config import Data, DataError
 from protoseg.data import folder, synthetic
 from protoseg.data.images import MAX_PIXELS
-from protoseg.data.labels import LabelSpace, known_classes
+from protoseg.data.labels import UNKNOWN, LabelSpace, known_classes
 from protoseg.data.listing import Entry, Fault, NoSplit, entries, join
+
+WITHOUT_VALIDATION = 'train without validation: --data.val_split ""'
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,38 @@ def find(data: Data, split: str) -> Source:
     return source
 
 
+def check_labelled(source: Source, advice: str) -> None:
+    """Refuse items without a mask: trained on they teach nothing, and there is nothing to measure them by.
+
+    Raises:
+        DataError: names the first of them, their number and `advice`.
+    """
+    if bare := unlabelled(source):
+        more = f", nor have {len(bare) - 1} more of split {source.split!r}" if len(bare) > 1 else ""
+        raise DataError(f"{bare[0]}: has no mask{more}; {advice}")
+
+
+def unlabelled(source: Source) -> list[Path]:
+    """The images without a mask."""
+    return [image for image, mask in zip(source.images, source.masks) if mask is None]
+
+
+def find_validation(data: Data) -> Source | None:
+    """The pairs of `data.val_split`; `None` where that is empty.
+
+    Raises:
+        DataError: as `find`, or images without masks.
+    """
+    if not data.val_split:
+        return None
+    try:
+        source = find(data, data.val_split)
+    except NoSplit as error:
+        raise NoSplit(f"{error}, or {WITHOUT_VALIDATION}") from None
+    check_labelled(source, f"give it `masks` in the data set file, or {WITHOUT_VALIDATION}")
+    return source
+
+
 def find_training(data: Data) -> Source:
     """The pairs to train on: `data.train_split`, and the images of `data.predicted_split` with predicted masks.
 
@@ -80,21 +114,27 @@ def find_training(data: Data) -> Source:
     without one are left out; those of `data.train_split` come `data.labelled_repeats` times.
 
     Raises:
-        DataError: as `find`; no predicted mask fits; repeats below 1 or without predictions; or the set's own masks
-            hold other ids than a prediction does.
+        DataError: as `find`; images of `data.train_split` without masks; no predicted mask fits; repeats below 1 or
+            without predictions; or the set's own masks hold other ids than a prediction does.
     """
     source = find(data, data.train_split)
+    check_labelled(source, "give it `masks` in the data set file, or name a labelled split as data.train_split")
     times = data.labelled_repeats
     if times < 1 or (times > 1 and not data.predicted):
         raise DataError(f"data.labelled_repeats is {times}; expected 1, or more beside data.predicted")
     if not data.predicted:
         return source
     labels = source.labels
-    as_predicted = all(labels.table[i] == i for i in (*range(labels.num_classes), labels.ignore_index))
-    if not as_predicted:
+    void = labels.ignore_index
+    if any(labels.table[i] != i for i in range(labels.num_classes)) or labels.table[void] not in (void, UNKNOWN):
         raise DataError(
             f"data.predicted: masks of {data.name} hold other ids than class ids 0..{labels.num_classes - 1} and "
-            f"{labels.ignore_index} for void, so predicted masks cannot stand beside them"
+            f"{void} for void, so predicted masks cannot stand beside them; write the masks with these ids first"
+        )
+    if labels.table[void] == UNKNOWN:
+        raise DataError(
+            f"data.predicted: predicted masks hold {void} for void, which {data.name} does not know; "
+            f"add {void} to `ignore` in the data set file"
         )
     folder_, rest = Path(data.predicted).expanduser(), find(data, data.predicted_split)
     masks = [folder_ / f"{stem}.png" for stem in rest.stems]

@@ -3,7 +3,7 @@
 ```yaml
 train: {images: images/train, masks: masks/train}            # folders, joined by file stem
 val:   {images: images/*.jpg, masks: "masks/{stem}_m.png", list: val.txt}   # globs, templates, a list of stems
-test:  {images: [a, b]}                                      # masks may be left out
+test:  {images: [a, b]}                                      # masks may be left out, of train and val not
 classes: {0: road, 1: car, 7: tree}                          # id in the mask: name; or a list of names
 ignore: [255]                                                # ids that do not count (255 where nothing is said)
 label_map: {3: 0, 4: 0, 5: 1}                                # optional and complete: id in the mask -> class id
@@ -117,11 +117,14 @@ def _labels(described: dict[str, Any], file: Path) -> LabelSpace:
     classes = dict(enumerate(classes)) if isinstance(classes, list) else classes
     if not classes or not all(_is_id(key) and isinstance(name, str | int | bool) for key, name in classes.items()):
         raise DataError(f"{file}: `classes` maps ids (0..{LARGEST_ID}) to names; given {classes!r}")
+    if read_wrongly := [name for name in classes.values() if isinstance(name, bool)]:
+        said = "yes, on or true" if read_wrongly[0] else "no, off or false"
+        raise DataError(f'{file}: `classes`: YAML reads a bare {said} as a truth value; put the name in quotes: "no"')
     names = tuple(str(classes[key]) for key in sorted(classes))
     train = {key: i for i, key in enumerate(sorted(classes))}
     ignore_index = 255 if len(classes) <= 255 else LARGEST_ID
-    ignore = described.get("ignore", [i for i in (ignore_index,) if i not in classes]) or []
-    ignore = [ignore] if isinstance(ignore, int) else ignore
+    ignore = described.get("ignore", [i for i in (ignore_index,) if i not in classes])
+    ignore = [] if ignore is None else [ignore] if isinstance(ignore, int) else ignore  # 0 is an id, not nothing
     if not isinstance(ignore, list) or not all(_is_id(i) for i in ignore):
         raise DataError(f"{file}: `ignore` is a list of ids; given {ignore!r}")
     if both := sorted(set(ignore) & set(classes)):
@@ -129,14 +132,15 @@ def _labels(described: dict[str, Any], file: Path) -> LabelSpace:
     ids: dict[int, int] = dict(train)
     if "label_map" in described:
         table = described["label_map"]
-        if not isinstance(table, dict) or not all(_is_id(raw) for raw in table):
-            raise DataError(f"{file}: `label_map` maps ids in the mask to class ids; given {table!r}")
+        if not isinstance(table, dict) or not all(_is_id(i) for pair in table.items() for i in pair):
+            raise DataError(f"{file}: `label_map` maps ids in the mask to class ids, one each; given {table!r}")
         if wrong := {raw: to for raw, to in table.items() if to not in train and to not in ignore}:
             raise DataError(f"{file}: `label_map` points to ids that are no classes: {wrong}; classes: {sorted(train)}")
         ids = {raw: train.get(to, ignore_index) for raw, to in table.items()}
-        if both := sorted(set(ignore) & {raw for raw, to in ids.items() if to != ignore_index}):
+        both = sorted(set(ignore) & {raw for raw, to in ids.items() if to != ignore_index})
+        if both and "ignore" in described:
             raise DataError(f"{file}: {both} are in `label_map` and in `ignore`; take them out of one of the two")
-    ids |= dict.fromkeys(ignore, ignore_index)
+    ids = dict.fromkeys(ignore, ignore_index) | ids  # where nothing is said, what `label_map` needs is not ignored
     palette, colours = _colours(described.get("palette"), names, train, {*ignore}, ignore_index, file)
     return LabelSpace(names, palette, ignore_index, tuple(sorted(ids.items())), colours)
 
@@ -147,6 +151,11 @@ def _colours(
     drawn = list(default_palette(names))
     if given is None:
         return tuple(drawn), ()
+    if isinstance(given, list) and len(given) != len(train):
+        raise DataError(
+            f"{file}: `palette` as a list is one colour a class, in the order of their ids; there are {len(train)} "
+            f"classes, given {len(given)}: give as many, or map ids to colours"
+        )
     table = dict(zip(sorted(train), given)) if isinstance(given, list) else given
     if not isinstance(table, dict) or (wrong := sorted(set(table) - set(train) - ignore, key=str)):
         problem = f"ids {wrong} are neither classes nor ignored" if isinstance(table, dict) else f"given {given!r}"
@@ -183,18 +192,29 @@ def _collect(given: Any, root: Path, file: Path, stems: Sequence[str] | None = N
                 raise DataError(f"{file}: {{stem}} stands for the image's stem; it only works in `masks`")
             paths = [(stem, root / place.replace("{stem}", stem)) for stem in stems]
             found += [Entry(stem, path) for stem, path in paths if path.exists()]
-        elif any(mark in place for mark in "*?["):
-            # Path.glob takes no absolute pattern, so an absolute one starts from its anchor.
-            start = Path(place).anchor
-            matches = sorted((Path(start) if start else root).glob(place[len(start) :]))
-            found += [Entry(path.stem, path) for path in matches if path.suffix.lower() in SUFFIXES]
         elif (root / place).suffix.lower() in SUFFIXES and (root / place).is_file():
             found.append(Entry(Path(place).stem, root / place))
+        elif any(mark in place for mark in "*?[") and not (root / place).is_dir():  # a name may hold these marks too
+            found += _matches(place, root, file, "images" if stems is None else "masks")
         else:
             found += entries(root / place)
     if not found and stems is None:
         raise DataError(f"{file}: no images in {given!r} below {root}; known endings are {', '.join(SUFFIXES)}")
     return found
+
+
+def _matches(pattern: str, root: Path, file: Path, key: str) -> list[Entry]:
+    # Path.glob takes no absolute pattern, so an absolute one starts from its anchor.
+    start = Path(pattern).anchor
+    try:
+        paths = sorted((Path(start) if start else root).glob(pattern[len(start) :]))
+    except ValueError as error:
+        what = str(error).partition(":")[0].lower()
+        raise DataError(
+            f"{file}: `{key}`: {pattern!r} is no glob ({what}); ** stands alone between slashes, as in images/**/*.png"
+        ) from None
+    # macOS leaves `._one.png` beside one.png, which is no picture; a folder is read without such files too
+    return [Entry(p.stem, p) for p in paths if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
 
 
 def _stem(word: str) -> str:

@@ -101,8 +101,8 @@ def _decode(path: Path | str, exif: bool, max_pixels: int) -> Image.Image:
                 height, width = image.height, image.width
                 if height * width > max_pixels:
                     raise DataError(
-                        f"{path}: {height} x {width} pixels, more than data.max_pixels = {max_pixels}; "
-                        "raise it if you trust the file"
+                        f"{path}: {height} x {width} pixels, more than max_pixels = {max_pixels}; "
+                        "if you trust the file raise it: --max_pixels of predict, data.max_pixels of all else"
                     )
                 tile = image.tile[0] if image.tile else None
                 arguments = tile[3] if tile else None
@@ -120,6 +120,10 @@ def _decode(path: Path | str, exif: bool, max_pixels: int) -> Image.Image:
         raise DataError(f"{path}: a folder, not a file") from None
     except PermissionError:
         raise DataError(f"{path}: no permission to read it") from None
+    except Image.DecompressionBombError:  # no setting of ours raises this limit
+        raise DataError(
+            f"{path}: more than {2 * MAX_PIXELS} pixels, which are never decoded; cut the picture"
+        ) from None
     except Exception as error:  # a decoder fed with broken bytes raises whatever its parser stumbles over
         raise DataError(f"{path}: cannot be decoded ({_first_line(error)}); replace the file") from error
 

@@ -24,6 +24,7 @@ from protoseg.data.catalog import Source
 from protoseg.data.images import read_image, read_raw_mask
 from protoseg.data.labels import UNKNOWN, LabelSpace, describe_unknown, unknown_values
 from protoseg.data.listing import Fault, NoSplit
+from protoseg.tasks.files import several
 
 DATA_REFUSED = 3
 T = TypeVar("T")
@@ -106,7 +107,9 @@ def stats(data: Data, split: str = "train", *, json: bool = False) -> int:
     counts = count(source, data.workers)
     labels, total = source.labels, int(counts.pixels.sum())
     if total == 0:
-        raise DataError(f"{data.name}/{split}: no labelled pixel in {len(source)} images; check `ignore` and the masks")
+        raise DataError(
+            f"{data.name}/{split}: no labelled pixel in {several(len(source), 'image')}; check `ignore` and the masks"
+        )
     mean, std = pixel_statistics(counts.levels)
     summary = {
         "dataset": data.name,
@@ -133,10 +136,14 @@ def inspect(data: Data) -> Report:
     report = Report()
     known: dict[Any, str] = {}
     for split in dict.fromkeys((data.train_split, data.val_split, data.test_split)):
+        if not split:  # trained without validation
+            continue
         try:
             source, faults = catalog.scan(data, split)
         except DataError as error:
             absent = isinstance(error, NoSplit) and split not in (data.train_split, data.val_split)
+            if isinstance(error, NoSplit) and split == data.val_split:
+                error = NoSplit(f"{error}, or {catalog.WITHOUT_VALIDATION}")
             if absent:
                 report.hints.append(f"no split {split!r}: {error}")
             elif all(fault != _fault("", error) for _, fault in report.faults):  # a bad root is bad for every split
@@ -147,6 +154,10 @@ def inspect(data: Data) -> Report:
             continue
         known[source.images, source.masks] = split
         report.faults += [(split, fault) for fault in faults]
+        bare = catalog.unlabelled(source) if split in (data.train_split, data.val_split) else []
+        if bare:  # one line: most often the split's `masks` are forgotten
+            what = "no mask" + (f", nor for {len(bare) - 1} more" if len(bare) > 1 else "")
+            report.faults.append((split, Fault(str(bare[0]), what, "give the split `masks` in the data set file")))
         report.pairs[split] = len(source)
         masks: Counter[str] = Counter()
         area: Counter[str] = Counter()
@@ -156,11 +167,15 @@ def inspect(data: Data) -> Report:
             masks.update(opened.unknown.keys())
             area.update(opened.unknown)
             pixels += 0 if opened.pixels is None else opened.pixels
-        report.hints += [f"{split}: value {v} is unknown in {n} masks, {area[v]} px" for v, n in masks.most_common(20)]
+        report.hints += [
+            f"{split}: value {v} is unknown in {several(n, 'mask')}, {area[v]} px" for v, n in masks.most_common(20)
+        ]
         report.hints += likely_reason(source.labels, pixels, masks)
         missing = [name for name, seen in zip(source.labels.names, pixels) if not seen]
         if missing and pixels.any():
-            report.hints.append(f"{split}: {len(missing)} classes never occur: {', '.join(missing[:20])}")
+            report.hints.append(
+                f"{split}: {several(len(missing), 'class', 'classes')} without a pixel: {', '.join(missing[:20])}"
+            )
     trained = {image for (images, _), split in known.items() if split == data.train_split for image in images}
     for (images, _), split in known.items():
         if split != data.train_split:
@@ -289,8 +304,9 @@ def _as_json(data: Data, report: Report) -> str:
 
 def _as_table(data: Data, report: Report) -> str:
     opened = ", ".join(f"{split} {pairs}" for split, pairs in report.pairs.items()) or "no"
+    unit = "pair" if sum(report.pairs.values()) == 1 else "pairs"
     warnings = len(report.faults) - report.count
-    lines = [f"{data.name}: opened {opened} pairs; {report.count} faults, {warnings} warnings"]
+    lines = [f"{data.name}: opened {opened} {unit}; {several(report.count, 'fault')}, {several(warnings, 'warning')}"]
     rows = [("", "split", "file", "what", "fix")] if report.faults else []
     root = os.path.commonpath([f.file for _, f in report.faults if os.sep in f.file] or [os.sep])
     for split, fault in sorted(report.faults, key=lambda row: row[1].warning):
@@ -304,7 +320,7 @@ def _as_table(data: Data, report: Report) -> str:
 
 def _stats_table(summary: dict[str, Any]) -> str:
     lines = [
-        f"{summary['dataset']}/{summary['split']}: {summary['images']} images, "
+        f"{summary['dataset']}/{summary['split']}: {several(summary['images'], 'image')}, "
         f"{summary['labelled_pixels']} labelled pixels, {summary['ignored_share']:.2%} ignored",
         f"pixels in [0, 1]: mean {summary['mean']}, standard deviation {summary['std']}",
     ]

@@ -16,7 +16,7 @@ from protoseg.data.dataset import SegmentationDataset
 from protoseg.engine import windows
 from protoseg.engine.scoring import Scores, score
 from protoseg.models import count_parameters, saving
-from protoseg.tasks.files import counted, refuse_unwritable, write_json
+from protoseg.tasks.files import counted, refuse_unwritable, several, write_json
 from protoseg.tasks.saved import choose_device, model_folder, recorded, recorded_evaluation, settings_of
 
 
@@ -60,7 +60,7 @@ def evaluate(
     source = catalog.find(data, getattr(data, f"{split}_split", split) or split)
     source = beginning_with(source, prefix)
     check_classes(folder, meta["names"], source.labels.names)
-    _check_labelled(source)
+    catalog.check_labelled(source, "evaluate a labelled split, or use protoseg predict")
     part = re.sub(r"\W+", "-", prefix)
     report_file = Path(out) if out else folder / f"evaluation-{source.split}{f'-{part}' if part else ''}.json"
     refuse_unwritable(report_file)
@@ -144,15 +144,6 @@ def check_classes(folder: Path, model: tuple[str, ...], data: tuple[str, ...]) -
     raise UserError(f"{folder}: {what}; evaluate on data with the model's classes ({', '.join(model[:5])}, ...)")
 
 
-def _check_labelled(source: catalog.Source) -> None:
-    bare = [image for image, mask in zip(source.images, source.masks) if mask is None]
-    if bare:
-        raise UserError(
-            f"{bare[0]} and {len(bare) - 1} more of split {source.split!r} have no mask; evaluate a labelled split, "
-            "or use protoseg predict"
-        )
-
-
 def summary(scores: Scores, names: tuple[str, ...]) -> dict[str, Any]:
     """`Scores` as plain data; NaN stays NaN (`files.finite` makes it null)."""
     overlap, truth, predicted = scores.overlap, scores.matrix.sum(1), scores.matrix.sum(0)
@@ -197,7 +188,7 @@ def table(report: dict[str, Any]) -> str:
     lines.append("")
     lines.append(
         f"mIoU {percent(report['miou'])} over {report['miou_over_classes']} of {report['num_classes']} classes, "
-        f"{report['images']} images of {report['split']!r}"
+        f"{several(report['images'], 'image')} of {report['split']!r}"
         + (f" that begin with {report['prefix']!r}" if report["prefix"] else "")
     )
     lines.append(

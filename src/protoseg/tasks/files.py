@@ -81,6 +81,11 @@ def finite(content: Any) -> Any:
     return content
 
 
+def several(count: int, one: str, many: str = "") -> str:
+    """ "1 image", "2 images"; `many` where it is not `one` with an s."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """`items`, with "what 12/233" on the terminal's last line; silent where stderr is no terminal."""
     shown = sys.stderr.isatty()

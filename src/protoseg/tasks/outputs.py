@@ -31,24 +31,34 @@ class Target:
     @classmethod
     def of(cls, out: Path, name: Path) -> Target:
         """For an image called `name`, a relative path without suffix."""
-        return cls(out / "labels" / f"{name}.png", out / "overlays" / f"{name}.png", out / "confidence" / f"{name}.npy")
+        labels, overlays, confidence = cls.folders(out)
+        return cls(labels / f"{name}.png", overlays / f"{name}.png", confidence / f"{name}.npy")
+
+    @staticmethod
+    def folders(out: Path) -> tuple[Path, Path, Path]:
+        """Where labels, overlays and confidence of all images go."""
+        return out / "labels", out / "overlays", out / "confidence"
 
 
 def plan(images: Sequence[str | Path], out: Path) -> list[tuple[Path, Target]]:
     """Every image once, with the files it will become.
 
     Names are paths below the folder that was given, or below what files have in common. Where two images would share a
-    name (a.jpg, a.png), both keep their suffix in it.
+    name (a.jpg, a.png), both keep their suffix in it. What a folder or a glob holds of earlier outputs, in the folders
+    of `Target` below `out`, and hidden files are left out.
 
     Raises:
         UserError: nothing given, nothing found, or a name that leads out of `out`.
     """
     found: dict[Path, Path] = {}  # image -> relative name
     alone: list[Path] = []
+    ours = [folder.resolve() for folder in Target.folders(out)]
     for given in images:
         path = Path(given)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if _is_picture(p, p.relative_to(path)))
+            if inside and not (inside := _without(ours, inside)):
+                raise UserError(f"{path}: all images in this folder are outputs below {out}; choose another --out")
             if not inside:
                 raise UserError(f"{path}: no images in this folder; looked for {', '.join(SUFFIXES)}")
             found |= {p: p.relative_to(path) for p in inside}
@@ -56,7 +66,7 @@ def plan(images: Sequence[str | Path], out: Path) -> list[tuple[Path, Target]]:
             alone.append(path)
         elif glob.has_magic(str(given)):
             matches = [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]
-            matches = [p for p in matches if p.is_file() and p.suffix.lower() in SUFFIXES]
+            matches = _without(ours, [p for p in matches if p.is_file() and p.suffix.lower() in SUFFIXES])
             if not matches:
                 raise UserError(f"{given}: nothing matches; quote the pattern, and ** reaches into folders")
             alone += matches
@@ -81,6 +91,15 @@ def plan(images: Sequence[str | Path], out: Path) -> list[tuple[Path, Target]]:
             if not file.parent.resolve().is_relative_to(root):  # a link inside `out` points elsewhere
                 raise UserError(f"{path}: its output {file} would lie outside {out}; choose another --out")
     return jobs
+
+
+def _is_picture(path: Path, name: Path) -> bool:
+    """Whether a folder's file counts: not what is hidden, such as the `._one.png` that macOS leaves beside one.png."""
+    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in name.parts) and path.is_file()
+
+
+def _without(folders: Sequence[Path], paths: Sequence[Path]) -> list[Path]:
+    return [path for path in paths if not any(path.resolve().is_relative_to(folder) for folder in folders)]
 
 
 def _no_suffix(name: Path) -> Path:

@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from protoseg.config import Data, DataError, Evaluation, UserError
-from protoseg.data.images import read_image
+from protoseg.data.images import MAX_PIXELS, read_image
 from protoseg.data.labels import known_classes
 from protoseg.data.transforms import resize_image
 from protoseg.engine import windows
@@ -35,7 +35,7 @@ from protoseg.engine.drawing import default_palette, index_image, overlay
 from protoseg.engine.windows import segment_labels
 from protoseg.models import saving
 from protoseg.models.segmenter import Segmenter
-from protoseg.tasks.files import counted, write_json, write_whole
+from protoseg.tasks.files import counted, several, write_json, write_whole
 from protoseg.tasks.outputs import ORIGIN, file_key, fingerprint, is_done, plan
 from protoseg.tasks.saved import choose_device, model_folder, recorded_evaluation
 
@@ -104,7 +104,9 @@ class Predictor:
         self.device = device
         self._sizes = Data(base_size=meta.get("base_size"), max_long_side=meta.get("max_long_side"))
 
-    def predict(self, image: Picture, *, confidence: bool = False, exif: bool = False) -> Prediction:
+    def predict(
+        self, image: Picture, *, confidence: bool = False, exif: bool = False, max_pixels: int = MAX_PIXELS
+    ) -> Prediction:
         """Segment one image at its own size.
 
         Args:
@@ -112,11 +114,12 @@ class Predictor:
                 float in [0, 1].
             confidence: also keep the probability of the chosen class.
             exif: turn a file upright as its EXIF orientation says.
+            max_pixels: refuse to decode a larger file.
 
         Raises:
             DataError: the file cannot be read. UserError: not an image of these kinds.
         """
-        pixels = as_pixels(image, exif)
+        pixels = as_pixels(image, exif, max_pixels)
         height, width = pixels.shape[:2]
         small = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), self._sizes)
         evaluation = affordable(self.evaluation, len(self.names), (small.shape[-2], small.shape[-1]))
@@ -162,14 +165,14 @@ def affordable(evaluation: Evaluation, num_classes: int, size: tuple[int, int]) 
     return dataclasses.replace(evaluation, mode="slide", scales=(1.0,))
 
 
-def as_pixels(image: Picture, exif: bool = False) -> np.ndarray:
+def as_pixels(image: Picture, exif: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Any picture as (H, W, 3) uint8.
 
     Raises:
         DataError: a file that cannot be read. UserError: another kind, shape or range.
     """
     if isinstance(image, str | Path):
-        return read_image(image, exif)
+        return read_image(image, exif, max_pixels)
     if isinstance(image, Image.Image):
         if image.mode not in ("RGB", "L", "P", "1", "RGBA", "LA", "PA", "CMYK", "YCbCr"):
             raise UserError(f"image mode {image.mode} has no certain way to 8-bit RGB; convert it first")
@@ -220,6 +223,7 @@ def predict(
     submission_format: Submission = "",
     overwrite: bool = False,
     exif: bool = False,
+    max_pixels: int = MAX_PIXELS,
     device: str = "auto",
 ) -> Outcome:
     """Segment images into a folder. One that fails is named at the end; the others are done all the same.
@@ -239,6 +243,7 @@ def predict(
         submission_format: the ids a benchmark server wants: `ade20k` (id + 1) or `cityscapes` (labelIds).
         overwrite: do again what is there already.
         exif: turn images upright as their EXIF orientation says.
+        max_pixels: refuse to decode larger images.
         device: auto, cpu or gpu.
 
     Raises:
@@ -254,7 +259,8 @@ def predict(
         raise UserError(f"a server wants every pixel: submission_format {submission_format} goes without void")
     levels = np.full(len(predictor.names), void_below)
     if keep_surest < 1:
-        levels = np.maximum(levels, _levels(predictor, [source for source, _ in jobs], keep_surest, exif))
+        sources = [source for source, _ in jobs]
+        levels = np.maximum(levels, _levels(predictor, sources, keep_surest, exif, max_pixels))
     made_from = fingerprint(model_folder(model), predictor.evaluation, submission_format, exif, levels.tolist())
 
     written: list[Path] = []
@@ -266,7 +272,9 @@ def predict(
             if is_done(target, origin, overlay, confidence, overwrite):
                 skipped.append(target.labels)
                 continue
-            result = predictor.predict(source, confidence=confidence or bool(levels.any()), exif=exif)
+            result = predictor.predict(
+                source, confidence=confidence or bool(levels.any()), exif=exif, max_pixels=max_pixels
+            )
         except DataError as fault:
             failed.append((source, str(fault)))
             continue
@@ -290,7 +298,7 @@ def predict(
     return outcome
 
 
-def _levels(predictor: Predictor, sources: Sequence[Path], share: float, exif: bool) -> np.ndarray:
+def _levels(predictor: Predictor, sources: Sequence[Path], share: float, exif: bool, max_pixels: int) -> np.ndarray:
     """(C,) the probability that `share` of the pixels given each class, over all images, reach; 0 for an empty class.
 
     Counted in steps of a thousandth, so memory does not grow with the images. Unreadable images are left out.
@@ -298,7 +306,7 @@ def _levels(predictor: Predictor, sources: Sequence[Path], share: float, exif: b
     counts = np.zeros((len(predictor.names), LEVELS), dtype=np.int64)
     for source in counted(sources, len(sources), "looking how sure the model is"):
         with contextlib.suppress(DataError):  # told when its labels are to be written
-            result = predictor.predict(source, confidence=True, exif=exif)
+            result = predictor.predict(source, confidence=True, exif=exif, max_pixels=max_pixels)
             bins = (_confidence(result).astype(np.float64) * LEVELS).astype(np.int64).clip(max=LEVELS - 1)
             cells = result.labels.astype(np.int64) * LEVELS + bins
             counts += np.bincount(cells.ravel(), minlength=counts.size).reshape(counts.shape)
@@ -321,12 +329,15 @@ def _confidence(result: Prediction) -> np.ndarray:
 
 
 def _report(outcome: Outcome, out: Path) -> None:
-    there = f", {len(outcome.skipped)} were there already" if outcome.skipped else ""
-    count = len(outcome.written)
-    print(f"{count} image{'' if count == 1 else 's'} segmented into {out}{there}")
+    there = (
+        f", {len(outcome.skipped)} {'was' if len(outcome.skipped) == 1 else 'were'} there already"
+        if outcome.skipped
+        else ""
+    )
+    print(f"{several(len(outcome.written), 'image')} segmented into {out}{there}")
     if outcome.failed:
         total = len(outcome.written) + len(outcome.skipped) + len(outcome.failed)
-        print(f"{len(outcome.failed)} of {total} images failed:", file=sys.stderr)
+        print(f"{len(outcome.failed)} of {several(total, 'image')} failed:", file=sys.stderr)
         for source, reason in outcome.failed:
             print(f"  {reason if str(source) in reason else f'{source}: {reason}'}", file=sys.stderr)
 

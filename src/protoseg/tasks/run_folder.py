@@ -48,6 +48,10 @@ FREE = (
 )
 
 
+class TooSmall(UserError):
+    """Batches that the network cannot be trained on; known at the first step only."""
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Keep a second training out of a run folder. The lock dies with the process, so a killed run leaves none behind.
@@ -71,12 +75,13 @@ def locked(run: Path) -> Iterator[None]:
         refused = False
         try:
             yield
-        except DataError:
+        except (DataError, TooSmall):
             refused = True
             raise
         finally:
             (run / LOCK).unlink(missing_ok=True)
-            # refused before anything was written, or by a picture before anything was learned worth a second look
+            # refused before anything was written, or by a picture or a network before anything was learned worth a
+            # second look
             if made and (not _holds(run) or (refused and not _begun(run))):
                 shutil.rmtree(run, ignore_errors=True)
 

@@ -31,7 +31,7 @@ from protoseg.engine.reporting import ProgressBar, Reporter, on_terminal
 from protoseg.engine.validation import Validation
 from protoseg.models import build, saving
 from protoseg.tasks.machine import Machine
-from protoseg.tasks.run_folder import LAST, check_resume, locked, resume_from, settings_to_keep, start_folder
+from protoseg.tasks.run_folder import LAST, TooSmall, check_resume, locked, resume_from, settings_to_keep, start_folder
 
 
 def train(recipe: Recipe) -> Path:
@@ -45,7 +45,7 @@ def train(recipe: Recipe) -> Path:
 
     Raises:
         UserError: settings that do not fit together, a run folder that is in use or holds a run already, a checkpoint
-            of another run, ten steps in a row without a finite loss.
+            of another run, batches too small for batch normalisation, ten steps in a row without a finite loss.
         DataError: the data set cannot be read.
         SystemExit: 143 or 130 after SIGTERM or SIGINT; the checkpoint is written.
     """
@@ -59,7 +59,7 @@ def train(recipe: Recipe) -> Path:
 
 def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine) -> Path:
     training = catalog.find_training(recipe.data)
-    validation = catalog.find(recipe.data, recipe.data.val_split) if recipe.data.val_split else None
+    validation = catalog.find_validation(recipe.data)
     settings = settings_to_keep(recipe, machine)
     start = 0
     if checkpoint is not None:
@@ -113,6 +113,12 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
         with determinism(recipe, machine), quiet_lightning():
             trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     except BaseException as reason:
+        if isinstance(reason, ValueError) and "more than 1 value per channel" in str(reason):
+            raise TooSmall(
+                f"batch normalisation has one value a channel to look at: a micro-batch of {machine.micro_batch} "
+                f"{'x'.join(map(str, recipe.data.crop_size))} crops is too small for {recipe.model.network}; raise "
+                "batch_size (or micro_batch where it is set), or data.crop_size"
+            ) from reason
         if stop.signal is not None and not isinstance(reason, Interrupted):
             raise stop.interruption() from reason  # the stop came where nothing could be saved: last.ckpt stands
         raise
@@ -123,7 +129,9 @@ def _train(recipe: Recipe, run: Path, checkpoint: Path | None, machine: Machine)
     if trainer.is_global_zero:
         with average.applied(module) if average else nullcontext():
             saving.save(segmenter, run / "final", {**meta, "step": int(trainer.global_step)})
-        print(f"done: {run / 'final'} (last step)" + (f", {run / 'best'} (best on val)" if validation else ""))
+        # where no labelled pixel was seen in val there is no best
+        best = f", {run / 'best'} (best on val)" if validation and (run / "best").is_dir() else ""
+        print(f"done: {run / 'final'} (last step){best}")
     return run
 
 
