@@ -41,7 +41,6 @@ static Block *blocks_of(const int64_t *starts, int64_t C, int64_t *count) {
   return blocks;
 }
 
-#define NOISE 4 /* as in `method.prototypes` */
 #define LINE 64 /* bytes of a line of the cache */
 #define AHEAD 8 /* rows: a processor foresees lines in a row, not where the next one is */
 #ifdef __GNUC__
@@ -219,7 +218,7 @@ static REAL NAME(at_least)(REAL x, REAL least) { return x < least ? least : x; }
 static void NAME(move_one)(REAL *prototype, REAL *weight, REAL *length, const REAL *sum, REAL count, int64_t D,
                            double momentum, int64_t rule, double cap) {
   REAL size = NAME(length)(sum, D);
-  if (!isfinite(size) || size < (REAL)HELD || size < (REAL)(NOISE * PRECISION(REAL)) * count) return;
+  if (!isfinite(size) || size < (REAL)HELD) return;
   REAL q = 1, old = 1, mean = 1 / size;
   if (rule == COUNT_AWARE) {
     q = count < cap ? count : (REAL)cap;

@@ -1,13 +1,11 @@
 /* What the C files of this room share. Each includes itself once for float and once for double, as REAL. */
 
-#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define HELD 1e-12 /* a length is held at it, as in `method.similarity.unit` */
-#define PRECISION(real) (sizeof(real) == sizeof(float) ? FLT_EPSILON : DBL_EPSILON)
 
 enum { DONE, NO_MEMORY, OUT_OF_RANGE }; /* what a function returns */
 

@@ -320,14 +320,15 @@ int NAME(errors)(const REAL *table, int64_t stride, int64_t C, int64_t K, int64_
 static double NAME(pixel_losses)(REAL *logits, int64_t stride, int64_t C, int64_t length, const int64_t *labels,
                                  int64_t ignored, const REAL *class_weights, REAL share, const REAL *peak,
                                  int64_t *wrong) {
-  REAL mass[BLOCK] = {0}, picked[BLOCK], weight[BLOCK], whole[BLOCK];
+  REAL rest[BLOCK] = {0}, picked[BLOCK], weight[BLOCK]; /* rest: mass of the classes that are not the label */
+  int32_t own[BLOCK];
   double sum = 0;
   for (int64_t i = 0; i < length; i++) {
     const int64_t label = labels[i];
     const int here = label != ignored && label >= 0 && label < C;
     *wrong += label != ignored && !here;
     weight[i] = !here ? 0 : class_weights ? class_weights[label] : 1;
-    whole[i] = weight[i] * share; /* rounded once: where a label has all of the mass nothing may be left */
+    own[i] = here ? (int32_t)label : -1;
     picked[i] = here ? logits[label * stride + i] - peak[i] : 0;
   }
   for (int64_t c = 0; c < C; c++) {
@@ -335,21 +336,22 @@ static double NAME(pixel_losses)(REAL *logits, int64_t stride, int64_t C, int64_
 #pragma omp simd
     for (int64_t i = 0; i < length; i++) {
       row[i] = NAME(exp)(row[i] - peak[i]);
-      mass[i] += row[i];
+      rest[i] += own[i] == (int32_t)c ? 0 : row[i];
     }
   }
   REAL factor[BLOCK];
   for (int64_t i = 0; i < length; i++) {
-    if (labels[i] != ignored) sum += weight[i] * (log(mass[i]) - picked[i]);
-    factor[i] = whole[i] / mass[i];
+    const REAL mass = own[i] < 0 ? rest[i] : rest[i] + logits[own[i] * stride + i];
+    if (labels[i] != ignored) sum += weight[i] * (log(mass) - picked[i]);
+    factor[i] = weight[i] * share / mass;
   }
   for (int64_t c = 0; c < C; c++) {
     REAL *row = logits + c * stride;
 #pragma omp simd
     for (int64_t i = 0; i < length; i++) row[i] *= factor[i];
   }
-  for (int64_t i = 0; i < length; i++)
-    if (labels[i] != ignored && labels[i] >= 0 && labels[i] < C) logits[labels[i] * stride + i] -= whole[i];
+  for (int64_t i = 0; i < length; i++) /* not P - 1, of which rounding leaves nothing, or anything, where P is near 1 */
+    if (own[i] >= 0) logits[own[i] * stride + i] = -rest[i] * factor[i];
   return sum;
 }
 

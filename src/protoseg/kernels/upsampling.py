@@ -138,14 +138,19 @@ def cross_entropy_(
         here, index = valid & (index >= 0), index.clamp(min=0)
     logits.sub_(peak)
     target = logits.gather(0, index[None])[0]
-    mass = logits.exp_().sum(0)
-    if shard is not None:  # one message for both
-        mass, target = shard.total(torch.stack([mass, torch.where(here, target, 0)])).unbind()
-    loss = torch.where(valid, weight * (mass.log() - target), 0).sum()
-    weight = weight * share
-    logits.mul_(weight / mass)
     sorts = logits.is_cuda and torch.are_deterministic_algorithms_enabled()
-    take_off_(logits, index, torch.where(here, weight, 0), sorts=sorts)
+    own = logits.exp_().gather(0, index[None])[0]
+    take_off_(logits, index, torch.where(here, own, 0), sorts=sorts)
+    rest = logits.sum(0)  # mass of the classes that are not the label
+    if shard is not None:  # one message for all
+        mine = torch.where(here, torch.stack([own, target]), 0)
+        rest, own, target = shard.total(torch.cat([rest[None], mine])).unbind()
+    mass = rest + torch.where(valid, own, 0)
+    loss = torch.where(valid, weight * (mass.log() - target), 0).sum()
+    factor = weight * share / mass
+    logits.mul_(factor)
+    # Not P - 1, of which rounding leaves nothing, or anything, where P is near 1.
+    take_off_(logits, index, torch.where(here, rest * factor, 0), sorts=sorts)
     return loss
 
 

@@ -194,8 +194,10 @@ def label_errors(
     scores = bilinear(scores, size, align_corners=align_corners)
     valid = labels != ignore_index
     target = labels.masked_fill(~valid, 0)
-    errors = scores.softmax(1).neg_()
-    errors.scatter_(1, target[:, None], errors.gather(1, target[:, None]) + 1)
+    errors, own = scores.softmax(1), target[:, None]
+    errors.scatter_(1, own, 0)
+    lacking = errors.sum(1, keepdim=True)  # not 1 - P, of which rounding leaves nothing, or anything, where P is near 1
+    errors.neg_().scatter_(1, own, lacking)
     weights = valid.to(errors.dtype) if class_weights is None else valid * class_weights.to(errors.dtype)[target]
     errors *= weights[:, None]
     errors = bilinear_adjoint(errors, (h, w), align_corners=align_corners)

@@ -23,7 +23,6 @@ NESTED = 0.8  # cosine of a nested prototype with its class's direction; 0.64 wi
 USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
 DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
 SHORTEST = 1e-12  # vector with a direction; `similarity.unit` holds lengths at it
-NOISE = 4.0  # times the type's precision is what rounding leaves of each pixel in a sum that should be nothing
 CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
 
 
@@ -166,8 +165,8 @@ def momentum_step(
     that all hits count alike until there are many; it differs from `constant` only where the start counts for nothing
     (`start="data"`). `count_aware` weighs a step by its pixels (up to `count_cap`) and averages the means
     themselves, not their directions, so a step of 5 pixels moves less than one of 50,000. A prototype keeps its bits
-    without a pixel, with a sum that is not finite, and where sum or result has no direction (`SHORTEST`, `NOISE`), as a
-    sum of errors has none where a class lacks nothing.
+    without a pixel, with a sum that is not finite, and where sum or result has no direction (`SHORTEST`), as a sum of
+    errors has none where a class lacks nothing.
 
     Args:
         prototypes: (C, K, D) unit vectors.
@@ -181,8 +180,7 @@ def momentum_step(
     """
     sums, counts = sums.view_as(prototypes), counts.view_as(weight)
     size = torch.linalg.vector_norm(sums, dim=-1)
-    least = (counts * noise(sums.dtype)).clamp(min=SHORTEST)
-    hit = (counts > 0) & (size >= least) & (size < torch.inf)  # C K; of nan neither holds
+    hit = (counts > 0) & (size >= SHORTEST) & (size < torch.inf)  # C K; of nan neither holds
     q = counts.clamp(max=count_cap) if rule == "count_aware" else torch.ones_like(weight)
     new_weight = momentum * weight + q
     step = q / new_weight.clamp(min=1e-12)  # C K
@@ -202,11 +200,6 @@ def momentum_step(
         torch.where(hit, new_weight, weight),
         torch.where(hit, new_length, length),
     )
-
-
-def noise(dtype: torch.dtype) -> float:
-    """Length per pixel below which a sum of unit vectors times errors is rounding: its direction would mean nothing."""
-    return NOISE * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def starting_weight(start: Start, momentum: float, rule: MomentumRule, count_cap: float = 1000.0) -> float:

@@ -21,6 +21,8 @@ def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     direction = vectors / length.clamp(min=SHORTEST)
+    if not vectors.requires_grad:
+        return direction
     return torch.where(length <= SHORTEST, direction.detach(), direction)
 
 

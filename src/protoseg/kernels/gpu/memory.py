@@ -15,7 +15,6 @@ from protoseg.kernels.gpu import launching_on, segments
 from protoseg.kernels.gpu.segments import _added, accumulator
 
 SHORTEST = tl.constexpr(1e-12)  # length
-NOISE = 4.0  # as in `method.prototypes`
 NOWHERE, BROKEN = tl.constexpr(torch.iinfo(torch.int64).max), tl.constexpr(torch.iinfo(torch.int64).min)
 ROWS, TILE = 64, 4096  # pixels and numbers of a program of `_worst_served`
 
@@ -35,7 +34,7 @@ def _unit(values):
 @triton.jit
 def _momentum(
     prototypes, weight, length, runs, starts, counts, verdict,
-    MOMENTUM: tl.constexpr, CAP: tl.constexpr, RULE: tl.constexpr, LEAST: tl.constexpr,
+    MOMENTUM: tl.constexpr, CAP: tl.constexpr, RULE: tl.constexpr,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, RUNS_GIVEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Program p moves prototype p, towards the sum of its runs or, without RUNS_GIVEN, of row p of `runs`."""
@@ -52,8 +51,7 @@ def _momentum(
         else:
             sums = tl.load(runs + p * D + d, mask=d < D, other=0.0)
         size = tl.sqrt(tl.sum(sums * sums, 0))
-        least = tl.maximum(tl.full((), LEAST, ACC) * count, tl.full((), SHORTEST, ACC))
-        if _finite(size) & (size >= least):
+        if _finite(size) & (size >= tl.full((), SHORTEST, ACC)):
             held = tl.load(weight + p)
             old = tl.load(prototypes + p * D + d, mask=d < D, other=0.0)
             one, momentum = tl.full((), 1.0, ACC), tl.full((), MOMENTUM, ACC)
@@ -185,10 +183,9 @@ def _launch_momentum(
     momentum: float, rule: str, count_cap: float, runs_given: bool,
 ) -> None:  # fmt: skip
     D = prototypes.shape[2]
-    least = NOISE * torch.finfo(torch.promote_types(prototypes.dtype, torch.float32)).eps
     with launching_on(prototypes):
         _momentum[weight.numel(),](
-            prototypes, weight, length, runs, starts, counts, verdict, momentum, count_cap, RULES[rule], least,
+            prototypes, weight, length, runs, starts, counts, verdict, momentum, count_cap, RULES[rule],
             D, triton.next_power_of_2(D), segments.ROWS, runs_given, accumulator(prototypes.dtype),
             enable_fp_fusion=True,
         )  # fmt: skip
