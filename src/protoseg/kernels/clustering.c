@@ -194,7 +194,8 @@ static void NAME(sum_of)(const REAL *rows, const REAL *weights, const int32_t *o
 }
 
 /* Sum and number of the rows of each index.
-   rows: (n, D), weights: (n) or NULL, of which order and starts are those of group_by_class. sums: (count, D). counts: (count). */
+   rows: (n, D), of which order and starts are those of group_by_class. weights: (n) of the rows, or NULL.
+   sums: (count, D). counts: (count). */
 int NAME(segment_sums)(const REAL *rows, const REAL *weights, const int32_t *order, const int64_t *starts, int64_t D,
                        int64_t count, REAL *sums, REAL *counts, int64_t threads) {
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads)

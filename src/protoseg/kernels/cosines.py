@@ -11,6 +11,11 @@ from protoseg.kernels.class_errors import Band
 from protoseg.kernels.shards import Shard
 
 
+def unit_rows(raw: Tensor, out: Tensor) -> None:
+    """(n, D) rows at unit length -> `out`."""
+    torch.div(raw, torch.linalg.vector_norm(raw, dim=1, keepdim=True).clamp_min(1e-12), out=out)
+
+
 class Cosines:
     """What a sweep is told, and where it leaves what it finds of its bands.
 
@@ -58,9 +63,7 @@ class Cosines:
     def fill(self, raw: Tensor | None, start: int, end: int) -> None:
         """Bring rows [start, end) of `raw` (N, D) to unit length as the embedding; None: they are that already."""
         if raw is not None:
-            part = raw[start:end]
-            length = torch.linalg.vector_norm(part, dim=1, keepdim=True).clamp_min(1e-12)
-            torch.div(part, length, out=self.embedding[start:end])
+            unit_rows(raw[start:end], self.embedding[start:end])
 
     def nearest(self, start: int, end: int, *, losses: bool = True) -> tuple[Tensor, list[Tensor]]:
         """Eq. (1) of pixels [start, end): fills `own` and, if `losses`, `log_sum`.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from protoseg.kernels import gemm, gpu, similarity_cpu, upsampling
+from protoseg.kernels import cosines, gemm, gpu, similarity_cpu, upsampling
 from protoseg.kernels.class_errors import Band
 from protoseg.kernels.cosines import Cosines
 from protoseg.kernels.shards import Shard
@@ -474,17 +474,18 @@ def class_cosines(raw: Tensor, prototypes: Tensor, *, half: bool = False) -> Ten
     best = raw.new_empty(C, len(raw))
     step = band_columns(C * K, budget_on(raw.device))
     unit = raw.new_empty(min(step, len(raw)), D)
+    unit_rows = similarity_cpu.unit_rows if similarity_cpu.takes(unit) else cosines.unit_rows
     way = gpu.way(raw.device, raw.dtype, half=half)
     for start in range(0, len(raw), step):
         part = raw[start : start + step]
-        _to_unit(part, unit[: len(part)])
+        unit_rows(part, unit[: len(part)])
         if way is not None:
             from protoseg.kernels.gpu.similarity import best_of_each_class
 
             best[:, start : start + step] = best_of_each_class(way, unit[: len(part)], prototypes)
             continue
-        cosines = gemm.similarities(flat, unit[: len(part)])
-        torch.amax(cosines.view(C, K, -1), 1, out=best[:, start : start + step])
+        table = gemm.similarities(flat, unit[: len(part)])
+        torch.amax(table.view(C, K, -1), 1, out=best[:, start : start + step])
     return best.T
 
 
@@ -553,17 +554,6 @@ def _bands(images: int, h: int, w: int, columns: int) -> list[tuple[range, range
         return [(range(i, min(i + step, images)), range(h)) for i in range(0, images, step)]
     step = max(1, columns // w)
     return [(range(i, i + 1), range(r, min(r + step, h))) for i in range(images) for r in range(0, h, step)]
-
-
-def _to_unit(raw: Tensor, out: Tensor) -> None:
-    if similarity_cpu.takes(out):
-        similarity_cpu.unit_rows(raw, out)
-        return
-    torch.div(raw, _length(raw), out=out)
-
-
-def _length(raw: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(raw, dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def _scores(batch: Batch, scale: Tensor, best: Tensor) -> Tensor:

@@ -15,14 +15,13 @@ from protoseg import kernels
 from protoseg.method import ranks
 from protoseg.method.clustering import Reduction
 from protoseg.method.losses import Errors
-from protoseg.method.similarity import unit
+from protoseg.method.similarity import SHORTEST, unit
 
 Start = Literal["nested", "random", "data", "truncated_normal"]
 MomentumRule = Literal["constant", "bias_corrected", "count_aware"]
 NESTED = 0.8  # cosine of a nested prototype with its class's direction; 0.64 with its siblings
 USAGE_DECAY = 0.99  # of the moving average of a prototype's share of its class
 DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is idle
-SHORTEST = 1e-12  # vector with a direction; `similarity.unit` holds lengths at it
 CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 Distance = Literal["cosine", "euclidean", "huber"]
 HUBER_DELTA = 0.1  # where the Huberised distance turns from square to linear
-SHORTEST = 1e-12  # length: a shorter one counts as this
+SHORTEST = 1e-12  # length of a vector with a direction; a shorter one counts as this
 NEAREST = 1e-12  # the square root has no gradient at 0: a pixel on its prototype needs none
 
 
