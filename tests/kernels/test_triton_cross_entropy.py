@@ -112,6 +112,16 @@ def test_fp32_stays_near_float64(label_size):
 
 
 @pytest.mark.parametrize("label_size", SMALL)
+def test_where_a_probability_is_1_to_the_last_digit_the_own_gradient_still_has_digits(label_size):
+    scores, labels = problem(9, (3, 4), label_size, images=2, void=0.0, dtype=torch.float32)
+    labels.fill_(4)
+    scores[:, 4] += 25
+    (_, gradient, _), (_, true, _) = found(scores, labels), truth(scores, labels)
+    assert true[:, 4].abs().median() < 2**-24  # 1 - P would be 0 or a rounding error
+    assert_close(gradient[:, 4].double(), true[:, 4], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("label_size", SMALL)
 def test_without_a_label_there_is_no_loss_and_no_gradient(label_size):
     loss, gradient, _ = found(*problem(3, (3, 4), label_size, void=1.1))
     assert loss == 0

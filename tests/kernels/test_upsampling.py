@@ -55,6 +55,17 @@ def test_cross_entropy_overwrites_the_logits_with_its_gradient(weights):
     assert_close(logits, true.grad, rtol=0, atol=1e-13)
 
 
+def test_where_a_probability_is_1_to_the_last_digit_the_own_gradient_still_has_digits():
+    logits = torch.randn(5, 50, generator=seeded(2))
+    logits[3] += 25
+    labels = torch.full((50,), 3)
+    true = logits.double().requires_grad_(True)
+    F.cross_entropy(true.T, labels, reduction="sum").backward()
+    upsampling.cross_entropy_(logits, labels, 255, None, torch.tensor(1.0))
+    assert true.grad[3].abs().max() < 2**-24  # 1 - P would be 0 or a rounding error
+    assert_close(logits[3].double(), true.grad[3], rtol=1e-4, atol=0)
+
+
 def test_what_is_taken_off_is_the_same_without_sorting():
     table = torch.randn(5, 40, generator=seeded(4))
     index, values = torch.randint(5, (40,), generator=seeded(5)), torch.rand(40, generator=seeded(6))

@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Eq. (2) and its gradient to the class scores, at feature size or through the bilinear resize to the labels' size.
 
-No logit of a label pixel is ever stored: one kernel mixes the scores of its four neighbours and keeps a log-sum-exp per
-label pixel, the next mixes them again. That one gathers: a program owns some feature pixels and visits the label pixels
-which take from them, so nothing is added atomically and the bits are the same every time. Where scores are cosines
-times a scale, that is multiplied in passing, both ways.
+No logit of a label pixel is ever stored: one kernel mixes the scores of its four neighbours and keeps two numbers per
+label pixel, the log-sum-exp and what the own class lacks of a probability of 1; the next mixes them again. That one
+gathers: a program owns some feature pixels and visits the label pixels which take from them, so nothing is added
+atomically and the bits are the same every time. Where scores are cosines times a scale, that is multiplied in passing,
+both ways.
 
 A label row takes from feature rows i and i + 1 (the last one twice at the border); those with the same i are a run, for
 `low` never falls. Hence the label rows that take from feature row i are two runs, of i - 1 and of i. Columns alike."""
@@ -35,6 +36,16 @@ def _log_sum(top, mass, z):
     """(T, R) more exponents -> the (R,) largest one so far and the sum relative to it, base 2."""
     higher = tl.maximum(top, tl.max(z, 0))
     return higher, mass * tl.exp2(top - higher) + tl.sum(tl.exp2(z - higher[None]), 0)
+
+
+@triton.jit
+def _with_own(top, mass, own):
+    """What `_log_sum` has of the other classes, and the (R,) exponent of the own one -> the log-sum-exp of all, base 2,
+    and the others' share of it: 1 - P, with digits where P is near 1."""
+    higher = tl.maximum(top, own)
+    others = mass * tl.exp2(top - higher)
+    mass = others + tl.exp2(own - higher)
+    return higher + tl.log2(mass), others / mass
 
 
 @triton.jit
@@ -77,8 +88,9 @@ def _same_size(
         cls = c + tl.arange(0, T)
         at = scores + cls.to(PLACE)[:, None] * stride + pixel[None]
         z = tl.load(at, mask=(cls < C)[:, None] & inside[None], other=0.0) * unit
-        top, mass = _log_sum(top, mass, tl.where((cls < C)[:, None], z, -float("inf")))
-    log_sum = top + tl.log2(mass)
+        others = (cls < C)[:, None] & (cls[:, None] != label[None])
+        top, mass = _log_sum(top, mass, tl.where(others, z, -float("inf")))
+    log_sum, lacking = _with_own(top, mass, tl.where(known, own, -float("inf")))
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(labelled, weight * (log_sum - own) * LN2, 0.0), 0))
     amount = weight * tl.load(share)
     if SCALED:
@@ -91,7 +103,7 @@ def _same_size(
         held = (cls < C)[:, None] & inside[None]
         value = tl.load(at, mask=held, other=0.0)
         p = tl.exp2(tl.where(held, value * unit - log_sum[None], -float("inf")))
-        p = tl.where(cls[:, None] == label[None], p - 1, p)
+        p = tl.where(cls[:, None] == label[None], -lacking[None], p)
         gradient = tl.where(held & labelled[None], amount[None] * p, 0.0)
         tl.store(at, gradient, mask=held)
         if SCALED:
@@ -109,7 +121,7 @@ def _mixed(upper, lower, place, down, unit):
 
 @triton.jit
 def _label_log_sums(
-    scores, stride, labels, class_weights, scale, low_y, share_y, low_x, share_x, log_sums, losses,
+    scores, stride, labels, class_weights, scale, low_y, share_y, low_x, share_x, log_sums, lackings, losses,
     C, h, w, H, W, blocks, ignore_index,
     R: tl.constexpr, T: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr,
     PLACE: tl.constexpr,
@@ -128,6 +140,10 @@ def _label_log_sums(
     left = tl.load(low_x + x, mask=inside, other=0)
     right = tl.minimum(left + 1, w - 1)
     along = tl.load(share_x + x, mask=inside, other=0.0)
+    at = row.to(tl.int64) * W + x
+    label = tl.load(labels + at, mask=inside, other=ignore_index)
+    labelled = inside & (label != ignore_index)
+    known = labelled & (label >= 0) & (label < C)
     top = tl.full((R,), LOWEST, ACC)
     mass = tl.zeros((R,), ACC)
     for c in range(0, C, T):
@@ -135,16 +151,14 @@ def _label_log_sums(
         place = tl.minimum(cls, C - 1).to(PLACE)[:, None] * stride
         z = _mixed(upper, lower, place + left[None], down, unit)
         z += along[None] * (_mixed(upper, lower, place + right[None], down, unit) - z)
-        top, mass = _log_sum(top, mass, tl.where((cls < C)[:, None], z, -float("inf")))
-    log_sum = top + tl.log2(mass)
-    at = row.to(tl.int64) * W + x
-    tl.store(log_sums + at, log_sum, mask=inside)
-    label = tl.load(labels + at, mask=inside, other=ignore_index)
-    labelled = inside & (label != ignore_index)
-    known = labelled & (label >= 0) & (label < C)
+        others = (cls < C)[:, None] & (cls[:, None] != label[None])
+        top, mass = _log_sum(top, mass, tl.where(others, z, -float("inf")))
     place = tl.where(known, label, 0).to(PLACE) * stride
     own = _mixed(upper, lower, place + left, down, unit)
     own += along * (_mixed(upper, lower, place + right, down, unit) - own)
+    log_sum, lacking = _with_own(top, mass, tl.where(known, own, -float("inf")))
+    tl.store(log_sums + at, log_sum, mask=inside)
+    tl.store(lackings + at, lacking, mask=inside)
     own = tl.where(known, own, float("nan"))  # as in `_same_size`
     weight = _weight_of(class_weights, label, labelled, C, WEIGHTED, ACC)
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(labelled, weight * (log_sum - own) * LN2, 0.0), 0))
@@ -152,7 +166,7 @@ def _label_log_sums(
 
 @triton.jit
 def _add_column(
-    acc, cls, base, slope, x, end, share_x, labels, log_sums, class_weights, height, C, ignore_index,
+    acc, cls, base, slope, x, end, share_x, labels, log_sums, lackings, class_weights, height, C, ignore_index,
     FIRST: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr, last=None,
 ):  # fmt: skip
     """acc + what the label pixels (y, x), one for each feature column, give back to it.
@@ -160,7 +174,7 @@ def _add_column(
     Args:
         acc: (T, R). base, slope: (T, R) score at the left of the two feature columns, and from there to the right one.
         x, end: (R,) column of the label pixel; none where it is not below `end`.
-        labels, log_sums: where label row y begins. height: () share of the feature row in label row y.
+        labels, log_sums, lackings: where label row y begins. height: () share of the feature row in label row y.
         FIRST: whether the feature column is the left of the two. last: (R,) whether it is the right one as well.
     """
     inside = x < end
@@ -168,19 +182,20 @@ def _add_column(
     labelled = inside & (label != ignore_index)
     along = tl.load(share_x + x, mask=inside, other=0.0)
     log_sum = tl.load(log_sums + x, mask=inside, other=float("inf"))
+    lacking = tl.load(lackings + x, mask=inside, other=0.0)
     amount = height * along
     if FIRST:
         amount = tl.where(last, height, height - amount)
     amount = amount * _weight_of(class_weights, label, labelled, C, WEIGHTED, ACC)
     p = tl.exp2(base + along[None] * slope - log_sum[None])
-    p = tl.where(cls[:, None] == label[None], p - 1, p)
+    p = tl.where(cls[:, None] == label[None], -lacking[None], p)
     return acc + tl.where(labelled, amount, 0.0)[None] * p
 
 
 @triton.jit
 def _label_gradient(
-    scores, stride, labels, class_weights, scale, start_y, share_y, start_x, share_x, log_sums, share, out, out_stride,
-    slopes, C, h, w, H, W, blocks, splits, ignore_index,
+    scores, stride, labels, class_weights, scale, start_y, share_y, start_x, share_x, log_sums, lackings, share, out,
+    out_stride, slopes, C, h, w, H, W, blocks, splits, ignore_index,
     R: tl.constexpr, T: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr,
     PLACE: tl.constexpr,
 ):  # fmt: skip
@@ -221,12 +236,12 @@ def _label_gradient(
         for q in range(0, before):
             acc = _add_column(
                 acc, cls, left, middle - left, first_x + q, middle_x, share_x, labels + line, log_sums + line,
-                class_weights, height, C, ignore_index, False, WEIGHTED, ACC,
+                lackings + line, class_weights, height, C, ignore_index, False, WEIGHTED, ACC,
             )  # fmt: skip
         for q in range(0, after):
             acc = _add_column(
                 acc, cls, middle, right - middle, middle_x + q, end_x, share_x, labels + line, log_sums + line,
-                class_weights, height, C, ignore_index, True, WEIGHTED, ACC, j == w - 1,
+                lackings + line, class_weights, height, C, ignore_index, True, WEIGHTED, ACC, j == w - 1,
             )  # fmt: skip
     held = (cls < C)[:, None] & inside[None]
     acc *= tl.load(share)
@@ -332,18 +347,19 @@ def label_cross_entropy(
     constants = _constants(scores, class_weights, scale, COLUMNS, DEEP, W)
     blocks = triton.cdiv(W, constants["R"])
     losses = scores.new_empty(G * H * blocks)
-    log_sums = scores.new_empty(labels.shape)
+    log_sums, lackings = scores.new_empty(labels.shape), scores.new_empty(labels.shape)
     gradient = scores.new_empty(scores.shape)
     with launching_on(scores):
         _label_log_sums[(len(losses),)](
-            *given, low_y, share_y, low_x, share_x, log_sums, losses, C, h, w, H, W, blocks, ignore_index, **constants
-        )
+            *given, low_y, share_y, low_x, share_x, log_sums, lackings, losses, C, h, w, H, W, blocks, ignore_index,
+            **constants,
+        )  # fmt: skip
         constants = _constants(scores, class_weights, scale, GATHERED, HELD, w)
         blocks, splits = triton.cdiv(w, constants["R"]), triton.cdiv(C, constants["T"])
         programs = G * h * blocks * splits
         slopes = scores.new_empty(0 if scale is None else programs)
         _label_gradient[(programs,)](
-            *given, start_y, share_y, start_x, share_x, log_sums, share, gradient, gradient.stride(0), slopes,
-            C, h, w, H, W, blocks, splits, ignore_index, **constants,
+            *given, start_y, share_y, start_x, share_x, log_sums, lackings, share, gradient,
+            gradient.stride(0), slopes, C, h, w, H, W, blocks, splits, ignore_index, **constants,
         )  # fmt: skip
     return losses, slopes, gradient
