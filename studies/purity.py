@@ -10,6 +10,9 @@ Looks of pixels: the classes of a finer description of the same masks, or what g
         --looks studies/data/camvid-trainval.yaml RUN...
     python studies/purity.py --generated RUN...
 
+`--cluster K` puts K centres of k-means in the place of prototypes, fitted after training to each class's embeddings in
+the train split: the rival that needs no prototypes in training, for any head. With looks of pixels only.
+
 Purity of a class: the share of its pixels whose prototype's most frequent look is their own, every look counted alike;
 without any knowledge of looks it is one over their number. With looks of pictures every picture counts alike too, and
 pixels belong to the class they are given. With looks of pixels a pixel belongs to its true class, and its prototype is
@@ -20,21 +23,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from protoseg import PrototypeHead
 from protoseg.config import Data, UserError
 from protoseg.data import catalog, synthetic
 from protoseg.data.dataset import read
 from protoseg.data.images import read_image
 from protoseg.data.transforms import resize_image
 from protoseg.engine.looks import chosen_prototypes, count_looks, own_prototypes, purity, similarities
+from protoseg.method.similarity import unit
 from protoseg.tasks.prediction import Predictor, load
 from protoseg.tasks.saved import model_folder, recorded, settings_of
 
 Pictures = Iterable[tuple[Tensor, Tensor, Tensor]]  # image (3, H, W) uint8, label and look (H, W) int64
+DRAWN, KEPT = 100, 20_000  # pixels a class of one picture, and of all: what k-means is fitted to
 
 
 def shares(predictor: Predictor, pictures: list[tuple[Path, int]], looks: int) -> Tensor:
@@ -57,6 +64,48 @@ def pixel_shares(predictor: Predictor, pictures: Pictures, looks: int) -> Tensor
         similarity = similarities(predictor.segmenter, resize_image(image, predictor._sizes)).cpu()
         table += count_looks(own_prototypes(similarity, label, head.align_corners), label, look, (C, K, looks))
     return table
+
+
+@torch.no_grad()
+def embeddings(predictor: Predictor, pictures: Pictures, generator: torch.Generator) -> list[Tensor]:
+    """For each class (n, D) unit embeddings of pixels drawn from it, at most `DRAWN` a picture and `KEPT` in all."""
+    model = predictor.segmenter
+    head = model.head
+    found: list[list[Tensor]] = [[] for _ in range(head.num_classes)]
+    for image, label, _ in pictures:
+        image = resize_image(image, predictor._sizes)
+        features = head.projection(model.features(image[None]))[0]  # D h w, of an image padded to whole cells
+        cells = []
+        for axis in (0, 1):
+            size = image.shape[1 + axis]
+            places = (torch.arange(label.shape[axis]) + 0.5) / label.shape[axis] * size
+            cells.append((places * features.shape[1 + axis] / (size + -size % model.multiple)).long())
+        for c in label.unique().tolist():
+            if 0 <= c < head.num_classes:
+                at = (label == c).nonzero()
+                rows, columns = at[torch.randperm(len(at), generator=generator)[:DRAWN]].T
+                found[c].append(unit(features[:, cells[0][rows], cells[1][columns]].T.float()))
+    drawn = [torch.cat(rows) if rows else torch.empty(0, head.embed_dim) for rows in found]
+    return [rows[torch.randperm(len(rows), generator=generator)[:KEPT]] for rows in drawn]
+
+
+def cluster(predictor: Predictor, pictures: Pictures, K: int, seed: int = 0) -> None:
+    """Put the centres of each class's embeddings (k-means, started by k-means++) in the place of the head's prototypes.
+
+    Raises:
+        UserError: a class has fewer than K pixels.
+    """
+    from scipy.cluster.vq import kmeans2
+
+    head = predictor.segmenter.head
+    new = PrototypeHead(head.embed_dim, head.num_classes, num_prototypes=K, projection="none").eval()
+    for c, rows in enumerate(embeddings(predictor, pictures, torch.Generator().manual_seed(seed))):
+        if len(rows) < K:
+            raise UserError(f"{len(rows)} pixels of class {predictor.names[c]} do not make {K} clusters")
+        centres, _ = kmeans2(rows.numpy(), K, iter=100, minit="++", rng=seed)
+        new.prototypes[c] = unit(torch.from_numpy(centres))
+    new.projection = head.projection
+    predictor.segmenter.head = new
 
 
 def finer(classes: Path, looks: Path, root: str, split: str) -> tuple[list[str], list[list[str]], Pictures]:
@@ -104,8 +153,10 @@ def of_run(run: Path) -> Data:
 
 def show(run: Path, classes: Iterable[str], looks: Iterable[list[str]], table: Tensor) -> None:
     """Print purity and what each prototype is made of; prototypes below one percent of their class are left out."""
-    for name, names, part in zip(classes, looks, table):
-        found, chance = purity(part)
+    purities = [purity(part) for part in table]
+    found, chance = torch.tensor(purities).nanmean(0).tolist()
+    print(f"{run}: mean purity {found:.3f}, without knowing looks {chance:.3f}")
+    for name, names, part, (found, chance) in zip(classes, looks, table, purities):
         print(f"{run} {name}: purity {found:.2f}, without knowing looks {chance:.2f}")
         for k in part.sum(1).argsort(descending=True).tolist():
             if part[k].sum() == 0 or part[k].sum() < 0.01 * part.sum():
@@ -115,16 +166,24 @@ def show(run: Path, classes: Iterable[str], looks: Iterable[list[str]], table: T
             print(f"  prototype {k}, {part[k].sum() / part.sum():4.0%} of the class: {mixed}")
 
 
-def measure_pixels(run: Path, given: Callable[[Path], tuple[list[str], list[list[str]], Pictures]]) -> None:
+def measure_pixels(
+    run: Path, given: Callable[[Path, str], tuple[list[str], list[list[str]], Pictures]], split: str, K: int | None
+) -> None:
     """Print one run's purity in the looks of pixels.
+
+    Args:
+        given: from a run and a split to the names of the classes, of their looks, and the pictures.
+        K: centres of each class, fitted to the pictures of the train split. None: the run's own prototypes.
 
     Raises:
         UserError: the run has other classes than the pictures.
     """
     predictor = load(run)
-    classes, looks, pictures = given(run)
+    classes, looks, pictures = given(run, split)
     if list(predictor.names) != classes:
         raise UserError(f"{run} knows the classes {', '.join(predictor.names)}; the pictures have {', '.join(classes)}")
+    if K is not None:
+        cluster(predictor, given(run, "train")[2], K)
     show(run, classes, looks, pixel_shares(predictor, pictures, max(map(len, looks))))
 
 
@@ -138,16 +197,20 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--root", default="", help="folder of the pictures; default: that of --classes")
     parser.add_argument("--split", default="test")
     parser.add_argument("--generated", action="store_true", help="scenes as each run's own recipe paints them")
+    parser.add_argument("--cluster", type=int, metavar="K", help="centres of k-means instead of the run's prototypes")
     arguments = parser.parse_args(words)
+    measure = partial(measure_pixels, split=arguments.split, K=arguments.cluster)
     if arguments.generated:
         for run in arguments.paths:
-            measure_pixels(run, lambda run: generated(of_run(run), arguments.split))
+            measure(run, lambda run, split: generated(of_run(run), split))
     elif arguments.classes or arguments.looks:
         if not (arguments.classes and arguments.looks):
             parser.error("--classes and --looks belong together")
         for run in arguments.paths:
-            measure_pixels(run, lambda _: finer(arguments.classes, arguments.looks, arguments.root, arguments.split))
+            measure(run, lambda _, split: finer(arguments.classes, arguments.looks, arguments.root, split))
     else:
+        if arguments.cluster:
+            parser.error("--cluster goes with --classes and --looks, or with --generated")
         if len(arguments.paths) < 3:
             parser.error("give LIST IMAGES RUN..., or --classes and --looks, or --generated")
         listed, images, *runs = arguments.paths
