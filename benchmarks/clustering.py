@@ -32,11 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.head import K, machine, operations, peak_of, ratio, record, timed
+from benchmarks.head import K, machine, made, operations, peak_of, ratio, record, timed
 from oracles.reference_loop import ReferenceHead
 from protoseg import kernels
 from protoseg.kernels import clustering_cpu
-from protoseg.method.head import PrototypeHead
 from protoseg.method.losses import Errors, Losses
 
 TILE = 8  # pixels a side
@@ -113,7 +112,7 @@ def contestants(shape: Shape, device: str, compiled: bool) -> dict[str, Callable
             loop.learn(p.embedding, scores, labels, masks)
 
     def ours(through: Callable = lambda step: step) -> Callable[..., None]:
-        head = PrototypeHead(shape.dim, shape.classes, projection="none", embed_dim=shape.dim).to(device)
+        head = made(shape.dim, shape.classes, device)
         head.prototypes.copy_(p.prototypes)
 
         def step(own: Tensor, classes: Tensor, embedding: Tensor, total: Tensor) -> None:

@@ -27,10 +27,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.head import SHAPES, K, Shape, machine, record, same_precision, timed
+from benchmarks.head import SHAPES, K, Shape, machine, made, record, same_precision, timed
 from benchmarks.head import batch as new_batch
 from protoseg.kernels import gpu
-from protoseg.method.head import PrototypeHead
 
 if TYPE_CHECKING:
     from protoseg.kernels.gpu.similarity import Blocks
@@ -54,7 +53,7 @@ def steps(shape: Shape, side: int, device: str, ways: list[str]) -> dict[str, Ca
     """way -> one step by it, and `floor <precision>` -> two products."""
     features, labels, centres = batch(shape, side, device)
     features = features.detach().requires_grad_(True)
-    head = PrototypeHead(shape.dim, shape.classes, projection="none", embed_dim=shape.dim).to(device)
+    head = made(shape.dim, shape.classes, device)
     head.prototypes.copy_(centres)
 
     def by(way: str) -> Callable[[], None]:
@@ -90,7 +89,7 @@ def steps(shape: Shape, side: int, device: str, ways: list[str]) -> dict[str, Ca
 def difference(shape: Shape, side: int, device: str, ways: list[str]) -> dict[str, dict[str, float]]:
     """way -> how far its gradient and assignments are from `off`."""
     features, labels, centres = batch(shape, side, device)
-    head = PrototypeHead(shape.dim, shape.classes, projection="none", embed_dim=shape.dim).to(device)
+    head = made(shape.dim, shape.classes, device)
     head.prototypes.copy_(centres)
 
     def result(way: str) -> tuple[Tensor, Tensor]:

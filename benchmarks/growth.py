@@ -18,14 +18,14 @@ import multiprocessing
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.head import Shape, SoftmaxHead, batch, machine, peak_of, same_precision, timed
+from benchmarks.head import VOID, Shape, SoftmaxHead, batch, machine, made, peak_of, same_precision, timed
 from oracles.reference_loop import ReferenceHead
-from protoseg.method.head import PrototypeHead
 
 DRAWN = 1000
 OURS, SAMPLED, RELEASE, SOFTMAX = "ours", "ours, 1,000 drawn", "release", "softmax, 1x1"
@@ -57,9 +57,7 @@ def contestant(name: str, point: Point, device: str) -> Callable[[], object]:
     features.requires_grad_(True)
     if name in (OURS, SAMPLED):
         drawn = min(DRAWN, point.C * point.K) if name == SAMPLED else None
-        head = PrototypeHead(
-            point.D, point.C, num_prototypes=point.K, projection="none", embed_dim=point.D, contrast_negatives=drawn
-        ).to(device)
+        head = made(point.D, point.C, device, num_prototypes=point.K, contrast_negatives=drawn)
         head.prototypes.copy_(centres)
         del centres
 
@@ -71,13 +69,13 @@ def contestant(name: str, point: Point, device: str) -> Callable[[], object]:
 
         return ours
     if name == RELEASE:
-        other: ReferenceHead | SoftmaxHead = ReferenceHead(point.D, point.C, point.K).to(device)
+        loss = partial(ReferenceHead(point.D, point.C, point.K).to(device).loss, ignore_index=VOID)
     else:
-        other = SoftmaxHead(point.D, point.C).to(device)
+        loss = SoftmaxHead(point.D, point.C).to(device).loss
 
     def theirs() -> None:
         features.grad = None
-        other.loss(features, labels).backward()
+        loss(features, labels).backward()
 
     return theirs
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,7 +40,7 @@ from protoseg.kernels import gemm, similarity
 from protoseg.method.head import PrototypeHead
 from protoseg.method.losses import Losses
 
-K, VOID = 10, 255
+K, VOID = 10, -1  # 255 is a class of 847
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class SoftmaxHead(nn.Module):
         return F.cross_entropy(scores, labels, ignore_index=VOID)
 
 
+def made(dim: int, classes: int, device: str, **named: Any) -> PrototypeHead:
+    """A head that takes its features as they are."""
+    return PrototypeHead(dim, classes, projection="none", ignore_index=VOID, **named).to(device)
+
+
 def batch(shape: Shape, side: int, device: str, prototypes: int = K) -> tuple[Tensor, Tensor, Tensor]:
     """(B, D, h, w) features, (B, H, W) labels, (C, K, D) the prototypes they lie near."""
     g = torch.Generator().manual_seed(0)
@@ -106,10 +112,7 @@ def contestants(shape: Shape, side: int, device: str, compiled: bool = False) ->
     features.requires_grad_(True)
     loop = ReferenceHead(shape.dim, shape.classes, K).to(device)
     loop.prototypes.data.copy_(centres)
-    heads = {
-        name: PrototypeHead(shape.dim, shape.classes, projection="none", embed_dim=shape.dim, preset=name).to(device)
-        for name in ("default", "paper", "reference")
-    }
+    heads = {name: made(shape.dim, shape.classes, device, preset=name) for name in ("default", "paper", "reference")}
     for head in heads.values():
         head.prototypes.copy_(centres)
     twin = SoftmaxHead(shape.dim, shape.classes).to(device)
@@ -159,7 +162,7 @@ def contestants(shape: Shape, side: int, device: str, compiled: bool = False) ->
         return step
 
     steps: dict[str, Callable[[], object]] = {
-        "release": parametric(loop.loss),
+        "release": parametric(partial(loop.loss, ignore_index=VOID)),
         "plain": ours("default", plain=True),
         "one pass": ours("default"),
         "one pass, mm": ours("default", onednn=False),
@@ -170,7 +173,10 @@ def contestants(shape: Shape, side: int, device: str, compiled: bool = False) ->
         "softmax": parametric(twin.loss),
     }
     if compiled:
-        steps |= {"release, compiled": parametric(torch.compile(loop.loss)), "plain, compiled": plain_compiled()}
+        steps |= {
+            "release, compiled": parametric(partial(torch.compile(loop.loss), ignore_index=VOID)),
+            "plain, compiled": plain_compiled(),
+        }
     return steps
 
 
@@ -199,7 +205,7 @@ def clusterings(shape: Shape, side: int, device: str) -> dict[str, Callable[[], 
     features, labels, centres = batch(shape, side, device)
     loop = ReferenceHead(shape.dim, shape.classes, K).to(device)
     loop.prototypes.data.copy_(centres)
-    head = PrototypeHead(shape.dim, shape.classes, projection="none", embed_dim=shape.dim).to(device)
+    head = made(shape.dim, shape.classes, device)
     head.prototypes.copy_(centres)
     small = F.interpolate(labels[:, None].float(), size=(side, side), mode="nearest").view(-1)
     small = torch.where(small == VOID, -1.0, small)

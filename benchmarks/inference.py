@@ -45,7 +45,7 @@ from protoseg.data.images import read_image
 from protoseg.engine.windows import segment_labels
 from protoseg.kernels import inference as kernel
 from protoseg.kernels.inference import Precision
-from protoseg.method.head import PrototypeHead
+from protoseg.method.head import Projection, PrototypeHead
 from protoseg.method.inference import FrozenHead, bilinear_labels, freeze
 from protoseg.models import build, saving
 from protoseg.models.softmax_head import SoftmaxHead
@@ -80,9 +80,11 @@ def trained(shape: Shape, device: str) -> tuple[PrototypeHead, Tensor]:
     wide = WIDE if shape.projected else shape.dim
     features, labels, centres = training.batch(training.Shape(shape.classes, wide, images=1), SIDE, device)
     torch.manual_seed(0)
-    kind = "mlp" if shape.projected else "none"
-    named = {"projection": kind, "embed_dim": shape.dim, "preset": "paper", "momentum": 0.0}
-    head = PrototypeHead(wide, shape.classes, **named).to(device)  # type: ignore[arg-type]
+    kind: Projection = "mlp" if shape.projected else "none"
+    void = training.VOID
+    head = PrototypeHead(
+        wide, shape.classes, projection=kind, embed_dim=shape.dim, preset="paper", momentum=0.0, ignore_index=void
+    ).to(device)
     if not shape.projected:
         head.prototypes.copy_(centres)
     else:
@@ -151,7 +153,10 @@ def contestants(
         "head": lambda: head(features),
     }
     if shape.projected:
-        twin = SoftmaxHead(features.shape[1], shape.classes, projection="mlp", embed_dim=shape.dim).to(device)
+        width = features.shape[1]
+        twin = SoftmaxHead(width, shape.classes, projection="mlp", embed_dim=shape.dim, ignore_index=training.VOID).to(
+            device
+        )
         steps["conv projected"] = lambda: twin(features)
     for name, form in frozen.items():
         steps[name] = partial(form, features)

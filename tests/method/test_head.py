@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,9 @@ from torch.testing import assert_close
 from heads import VOID, batch, build, default_step, seeded
 from oracles import default as oracle
 from oracles.reference import unit
+from protoseg import kernels
 from protoseg.method.head import PrototypeHead
+from protoseg.models.softmax_head import SoftmaxHead
 
 QUICK = settings(max_examples=10, deadline=None, derandomize=True)
 BUFFERS = ("prototypes", "weight", "length", "usage", "idle")
@@ -425,8 +428,22 @@ def test_labels_of_another_shape_or_type_are_refused(labels, message):
 
 def test_features_of_another_shape_are_refused():
     for call in (build(6, 3), lambda tokens: build(6, 3).losses(tokens, torch.zeros(2, 4, 4, dtype=torch.int64))):
-        with pytest.raises(ValueError, match=r"\(B, channels, h, w\), given \(2, 16, 6\)"):
+        with pytest.raises(ValueError, match=r"\(B, 6, h, w\), given \(2, 16, 6\)"):
             call(torch.zeros(2, 16, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("given", [4, 8, 256])
+def test_another_number_of_channels_is_refused_with_and_without_gradients(given):
+    head, labels = build(6, 3, projection="none"), torch.zeros(1, 5, 7, dtype=torch.int64)
+    features = torch.zeros(1, given, 5, 7, dtype=torch.float64)
+    for call in (lambda: head(features), lambda: head.losses(features, labels)):
+        with pytest.raises(ValueError, match=rf"\(B, 6, h, w\), given \(1, {given}, 5, 7\)"):
+            call()
+        with torch.no_grad(), pytest.raises(ValueError, match="given"):
+            call()
+    head.projection = torch.nn.Conv2d(6, given, 1).double()
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"projection gives {given} channels, the prototypes have 6"):
+        head(features.new_zeros(1, 6, 5, 7))
 
 
 def test_no_image_has_no_scores():
@@ -451,6 +468,124 @@ def test_wrong_settings_stop():
         PrototypeHead(6, 3, distance=lambda cosine: cosine)  # a function may stand for `assignment` alone
     with pytest.raises(TypeError, match="num_protos"):
         PrototypeHead(6, 3, num_protos=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ignore_index", 255.0), ("num_prototypes", 2.5), ("kappa", "0.05"), ("reseed_after", 1.5)]
+)
+def test_what_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(TypeError, match=name):
+        PrototypeHead(6, 3, **{name: value})
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    named = {"contrast_temperature": np.float32(0.1), "momentum": torch.tensor(0.5), "score_scale": np.float64(20)}
+    counts = {"ignore_index": torch.tensor(1), "num_prototypes": np.int64(2), "contrast_negatives": np.int32(4)}
+    head = build(np.int64(6), np.int64(3), projection="none", **named, **counts)
+    features, labels = batch(6, 3, void=0)
+    losses = head.losses(features, labels)
+    losses.total.backward()
+    head.update(losses)
+    assert torch.equal(losses.assignment == -1, labels == 1)
+
+
+def test_with_more_than_255_classes_the_void_label_must_be_said():
+    assert PrototypeHead(6, 255).ignore_index == 255
+    for head in (PrototypeHead, SoftmaxHead):
+        with pytest.raises(ValueError, match="255 is one of 256 classes"):
+            head(6, 256)
+        assert head(6, 256, ignore_index=65535).ignore_index == 65535
+        assert head(6, 256, ignore_index=255).ignore_index == 255  # a class that is meant to be void
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0, math.nan])
+def test_a_cap_of_counts_is_positive(value):
+    with pytest.raises(ValueError, match="count_cap"):
+        PrototypeHead(6, 3, momentum_rule="count_aware", count_cap=value)
+
+
+# --- whose memory, and in what ---------------------------------------------------------------------------------------
+
+MEMORY = ("prototypes", "weight", "length", "usage", "idle")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_memory_stays_in_fp32_where_the_layers_go_to_half_precision(dtype):
+    head = PrototypeHead(6, 3, preset="paper", reseed_after=400)
+    before = {name: getattr(head, name).clone() for name in MEMORY}
+    assert head.to(dtype) is head
+    assert head.projection[0].weight.dtype == dtype
+    assert all(torch.equal(getattr(head, name), value) for name, value in before.items())
+    assert all(value.dtype == torch.float64 for name, value in head.double().named_buffers() if name in MEMORY)
+
+
+def test_a_default_of_half_precision_makes_a_head_too():
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        head = PrototypeHead(6, 3)
+    finally:
+        torch.set_default_dtype(kept)
+    assert {getattr(head, name).dtype for name in MEMORY} == {torch.float32}
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5]])
+@pytest.mark.parametrize("preset", ["default", "reference"])
+def test_a_head_made_without_values_gets_them_from_reset_parameters(preset, weights):
+    with torch.device("meta"):
+        head = PrototypeHead(6, 3, preset=preset, class_weights=weights)
+    head.to_empty(device="cpu")
+    with torch.no_grad():
+        for value in [*head.parameters(), *head.buffers()]:
+            value.fill_(torch.nan)
+    for module in head.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh = PrototypeHead(6, 3, preset=preset, class_weights=weights)
+    assert_close(head.prototypes.norm(dim=-1), torch.ones(3, 10))
+    for name, value in fresh.state_dict().items():
+        if name != "prototypes" and not name.startswith("projection"):
+            assert torch.equal(head.state_dict()[name], value), name
+    head.losses(*batch(6, 3, dtype=torch.float32)).total.backward()
+
+
+def test_update_takes_only_what_its_own_losses_gave():
+    head, other = build(6, 3, embed_dim=8), build(6, 3, embed_dim=12)
+    losses, before = other.losses(*batch(6, 3)), head.prototypes.clone()
+    with pytest.raises(ValueError, match="whose embeddings have 8 channels"):
+        head.update(losses)
+    with pytest.raises(ValueError, match="which has 3 x 10 prototypes"):
+        head.update(build(6, 3, embed_dim=8, num_prototypes=4).losses(*batch(6, 3)))
+    for wrong in (losses.total, losses.parts, [losses.total]):
+        with pytest.raises(TypeError, match="what `losses` gave"):
+            head.update(wrong)
+    assert torch.equal(head.prototypes, before)
+
+
+@pytest.mark.parametrize("update_from", ["all", "correct", "errors"])
+def test_the_first_pixels_of_a_prototype_replace_a_start_from_data(update_from):
+    head = build(6, 3, projection="none", start="data", update_from=update_from)
+    losses = head.losses(*batch(6, 3, void=0))
+    head.update(losses)
+    for j in losses.moving.unique().tolist():
+        if j >= 0:
+            mean = unit(losses.embedding[losses.moving == j].sum(0))
+            assert_close(head.prototypes.flatten(0, 1)[j], mean, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("preset", ["default", "reference"])
+@pytest.mark.parametrize("projection", ["none", "linear"])
+def test_a_second_derivative_is_refused_instead_of_left_out(preset, projection):
+    head, (features, labels) = build(6, 3, preset=preset, projection=projection, embed_dim=6), batch(6, 3)
+    features.requires_grad_(True)
+    total = head.losses(features, labels).total
+    (gradient,) = torch.autograd.grad(total, features, create_graph=True)
+    with pytest.raises(RuntimeError, match="plain_only"):
+        (total + gradient.square().sum()).backward()
+    with kernels.plain_only():
+        (gradient,) = torch.autograd.grad(head.losses(features, labels).total, features, create_graph=True)
+        gradient.square().sum().backward()
+    assert features.grad.any()
 
 
 @pytest.mark.parametrize(

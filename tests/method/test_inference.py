@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -162,6 +163,39 @@ def test_what_cannot_be_frozen_so_is_refused():
         freeze(head, calibration=pixels(8)[:0])
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)),
+        (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)),
+        (nn.Conv2d(8, 8, 1), nn.GELU(), nn.Conv2d(8, 8, 1)),
+        (nn.Conv2d(8, 8, 1, bias=False),),
+        (nn.BatchNorm2d(8),),
+    ],
+)
+def test_a_projection_that_is_not_the_heads_own_is_not_frozen(layers):
+    head = build(8, 4, embed_dim=8)
+    head.projection = nn.Sequential(*layers).double()
+    with pytest.raises(ValueError, match="only the projections that PrototypeHead makes"):
+        freeze(head)
+
+
+def test_features_of_another_shape_and_labels_of_a_small_type_are_refused():
+    frozen = freeze(build(8, 300, embed_dim=8, num_prototypes=1, ignore_index=-1))
+    for features in (torch.zeros(1, 9, 4, 4), torch.zeros(8, 4, 4)):
+        for answer in (frozen, frozen.labels):
+            with pytest.raises(ValueError, match=r"\(B, 8, h, w\)"):
+                answer(features)
+    for answer in (lambda: frozen.labels(pixels(8), dtype=torch.uint8), lambda: short_labels(frozen(pixels(8)))):
+        with pytest.raises(ValueError, match="uint8 cannot name 300 classes"):
+            answer()
+    assert frozen.labels(pixels(8), dtype=torch.int16).dtype == torch.int16
+
+
+def short_labels(scores):
+    return bilinear_labels(scores, (9, 9), dtype=torch.uint8)
+
+
 def test_a_machine_without_int8_products_is_told(monkeypatch):
     monkeypatch.setattr(kernel, "int8_reason", lambda device: "not implemented for 'Char'")
     with pytest.raises(ValueError, match=r"int8.* does not work on cpu here \(not implemented for 'Char'\)"):
@@ -188,6 +222,10 @@ def test_half_precision_features_and_heads_are_scored_in_fp32():
     assert frozen(features).dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(frozen(features), frozen(features.float()))
+    scores = frozen(features)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(frozen.to(dtype)(features), scores)  # how it rounds was said when it was frozen
+    assert torch.equal(frozen(features.double()), scores)
 
 
 @settings(max_examples=80, deadline=None)

@@ -79,7 +79,7 @@ def test_a_step_is_one_pass_over_all_classes_and_never_waits_for_a_value(way, na
 def test_clustering_and_update_are_at_most_thirty_operations(classes, seen):
     if not clustering_cpu.available():
         pytest.skip("no C compiler")
-    head = PrototypeHead(16, classes, projection="none")
+    head = PrototypeHead(16, classes, projection="none", ignore_index=255)
     features, labels = batch(16, min(seen, classes), size=(1, 24, 24), dtype=torch.float32)
     losses = head.losses(features, labels)
     own, chosen = torch.rand(576, 10) * 2 - 1, head._classes(labels, (24, 24))

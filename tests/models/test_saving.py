@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from protoseg.config import Head, Model, UserError
+from protoseg.method.head import PrototypeHead
 from protoseg.method.presets import PRESETS
 from protoseg.models import HEADS, Segmenter, build
 from protoseg.models.saving import load, save
@@ -219,6 +220,17 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path):
     bare = Segmenter(segmenter.backbone, segmenter.decoder, segmenter.head, (0, 0, 0), (1, 1, 1))
     with pytest.raises(UserError, match=r"made by models.build"):
         save(bare, tmp_path / "best", META)
+    with pytest.raises(UserError, match=r"is a FrozenHead, but its settings make a PrototypeHead"):
+        save(segmenter.for_inference(), tmp_path / "best", META)
+    own = segmenter.head
+    for changed, what in (
+        (PrototypeHead(own.in_channels, 3, num_prototypes=4, embed_dim=8), "prototypes"),
+        (PrototypeHead(own.in_channels, 3, num_prototypes=2, embed_dim=8, distance="huber"), "distance"),
+    ):
+        segmenter.head = changed
+        with pytest.raises(UserError, match=rf"differs from its settings in .*{what}"):
+            save(segmenter, tmp_path / "best", META)
+    segmenter.head = own
     segmenter.head.prototypes[0, 0, 0] = torch.nan
     with pytest.raises(UserError, match=r"not finite in head.prototypes"):
         save(segmenter, tmp_path / "best", META)

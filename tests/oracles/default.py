@@ -183,8 +183,8 @@ class Memory:
                 n = int(mine.sum())
                 if n == 0:
                     continue
-                s = x[mine].double().sum(0) if wrong is None else wrong[c, j]
-                first = float(self.weight[c, j]) == 0
+                first = float(self.weight[c, j]) == 0  # its first pixels replace it, whatever moves it later
+                s = x[mine].double().sum(0) if wrong is None or first else wrong[c, j]
                 q = min(n, self.cap) if self.rule == "count_aware" else 1.0
                 self.weight[c, j] = self.mu * self.weight[c, j] + q
                 a = q / float(self.weight[c, j])

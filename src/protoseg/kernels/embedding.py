@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from protoseg.kernels import native
+from protoseg.kernels.derivatives import first_only
 
 PIECE = 200_000  # numbers
 SHORTEST = 1e-12  # a length is held at it, as in `method.similarity.unit`
@@ -65,7 +65,7 @@ class NormedRows(torch.autograd.Function):
         return out.view(-1, D)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         features, lengths, weight, bias, moments = ctx.saved_tensors
         D = features.shape[1]

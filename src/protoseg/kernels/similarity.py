@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from protoseg.kernels import cosines, gemm, gpu, similarity_cpu, upsampling
 from protoseg.kernels.class_errors import Band
 from protoseg.kernels.cosines import Cosines
+from protoseg.kernels.derivatives import first_only
 from protoseg.kernels.shards import Shard
 
 if TYPE_CHECKING:
@@ -404,7 +404,7 @@ class OnePass(torch.autograd.Function):
         return total, ce, ppc, ppd, *kept
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         total, ce, ppc, ppd = gradients[:4]
         saved = ctx.saved_tensors  # refuses, as autograd does, when a prototype has moved in between

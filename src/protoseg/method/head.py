@@ -26,14 +26,17 @@ from protoseg.method.losses import (
     segmentation_cross_entropy,
     shares,
     total_loss,
+    void_label,
     weights_of_classes,
 )
-from protoseg.method.presets import settle
+from protoseg.method.presets import count, number, settle
 from protoseg.method.prototypes import (
     DEAD_SHARE,
     Memory,
     MomentumRule,
     Start,
+    assigned_sums,
+    at_least_fp32,
     error_sums,
     errors_by_prototype,
     move_,
@@ -111,7 +114,7 @@ class PrototypeHead(nn.Module):
         preset: `default`; `paper` (the same, moved as Eq. (8) says: `update_from="all"`, `momentum=0.999`); `reference`
             (the 2022 code, step for step) or `reference_fixed` (its constants, with the norm over channels and one
             arg-max assignment). Each argument below overrides the preset's value.
-        ignore_index: the void label.
+        ignore_index: the void label; 255 unless given, and to be given with more than 255 classes.
         class_weights: C numbers, weights of the cross-entropy.
         projection_norm: `channel`, or `width` (the reference's mistake).
         feature_norm: `none`, or `layer_norm` over the D channels before the unit length.
@@ -141,6 +144,12 @@ class PrototypeHead(nn.Module):
             set on the pixel of its class that is least like its own prototypes; None switches that off.
         align_corners: of the bilinear resize from scores to labels.
         label_sampling: how labels go to feature size.
+
+    A moving average of the model's weights must leave the prototypes out, or bring them back to unit length.
+
+    Raises:
+        TypeError: an argument nobody knows, or one that is no number where one is due.
+        ValueError: a value that means nothing; names the argument.
     """
 
     prototypes: Tensor
@@ -160,31 +169,29 @@ class PrototypeHead(nn.Module):
         embed_dim: int | None = None,
         projection: Projection = "mlp",
         preset: str = "default",
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         class_weights: Sequence[float] | None = None,
         count_cap: float = 1000.0,
         **named: Any,
     ):
         super().__init__()
         settings = settle(preset, named)
-        counts = {"in_channels": in_channels, "num_classes": num_classes, "num_prototypes": num_prototypes}
-        for name, value in (counts if embed_dim is None else counts | {"embed_dim": embed_dim}).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, given {value}")
         if embed_dim is None:
             embed_dim = in_channels if projection == "none" or preset.startswith("reference") else 256
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.num_prototypes = num_prototypes
-        self.embed_dim = embed_dim
-        self.ignore_index = ignore_index
+        self.in_channels = in_channels = count("in_channels", in_channels)
+        self.num_classes = num_classes = count("num_classes", num_classes)
+        self.num_prototypes = num_prototypes = count("num_prototypes", num_prototypes)
+        self.embed_dim = embed_dim = count("embed_dim", embed_dim)
+        self.ignore_index = void_label(ignore_index, num_classes)
         self.projection_norm: Literal["channel", "width"] = settings["projection_norm"]
         self.distance: Distance = settings["distance"]
         self.update_from: str = settings["update_from"]
         self.across_ranks: str = settings["across_ranks"]
         self.momentum: float = settings["momentum"]
         self.momentum_rule: MomentumRule = settings["momentum_rule"]
-        self.count_cap = count_cap
+        self.count_cap = number("count_cap", count_cap)
+        if not self.count_cap > 0:
+            raise ValueError(f"count_cap must be positive, given {count_cap}")
         self.kappa: float = settings["kappa"]
         self.sinkhorn_iterations: int = settings["sinkhorn_iterations"]
         self.small_classes: Literal["nearest", "plan"] = settings["small_classes"]
@@ -212,20 +219,54 @@ class PrototypeHead(nn.Module):
         self.projection = build_projection(in_channels, embed_dim, projection)
         self.feature_norm = PromotedLayerNorm(embed_dim) if settings["feature_norm"] == "layer_norm" else None
         self.score_norm = PromotedLayerNorm(num_classes) if settings["score_norm"] == "layer_norm" else None
-        log_scale = torch.tensor(math.log(settings["score_scale"]))
-        if settings["learn_scale"]:
-            self.log_scale = nn.Parameter(log_scale)  # one number, never one per class; the log keeps it positive
-        else:
-            self.register_buffer("log_scale", log_scale)
-        start: Start = settings["start"]
-        shape = (num_classes, num_prototypes)
-        first = starting_weight(start, self.momentum, self.momentum_rule, count_cap)
-        self.register_buffer("prototypes", starting_vectors(*shape, embed_dim, start))
-        self.register_buffer("weight", torch.full(shape, first))
-        self.register_buffer("length", torch.ones(shape))
-        self.register_buffer("usage", torch.full(shape, 1 / num_prototypes))  # share of the class, moving average
-        self.register_buffer("idle", torch.zeros(shape))  # steps in which the class was seen and this was idle
-        self.register_buffer("class_weights", weights_of_classes(class_weights, num_classes))
+        self.start: Start = settings["start"]
+        self._score_scale: float = settings["score_scale"]
+        self._class_weights = weights_of_classes(class_weights, num_classes)
+        self.register_buffer("class_weights", None)
+        for name, value in self._beginning().items():
+            if name == "log_scale" and settings["learn_scale"]:
+                self.log_scale = nn.Parameter(value)  # one number, never one per class; the log keeps it positive
+            else:
+                self.register_buffer(name, value)
+
+    def _beginning(self) -> dict[str, Tensor]:
+        """What no layer of the head holds, as it is before the first step."""
+        shape = (self.num_classes, self.num_prototypes)
+        weight = starting_weight(self.start, self.momentum, self.momentum_rule, self.count_cap)
+        dtype = at_least_fp32(torch.get_default_dtype())
+        weights = self._class_weights
+        return {
+            "log_scale": torch.tensor(math.log(self._score_scale)),
+            "prototypes": starting_vectors(*shape, self.embed_dim, self.start),
+            "weight": torch.full(shape, weight, dtype=dtype),
+            "length": torch.ones(shape, dtype=dtype),
+            "usage": torch.full(shape, 1 / self.num_prototypes, dtype=dtype),  # share of the class, moving average
+            "idle": torch.zeros(shape, dtype=dtype),  # steps in which the class was seen and this was idle
+            **({} if weights is None else {"class_weights": weights.clone()}),
+        }
+
+    def reset_parameters(self) -> None:
+        """Begin anew: draw the prototypes, and put scale, log of use and class weights back; layers have their own.
+
+        For whoever makes modules without their values, as `torch.device("meta")` with `to_empty` does, and
+        `from_pretrained` of Hugging Face: call it from `_init_weights`.
+        """
+        self._begin(self._beginning())
+
+    @torch.no_grad()
+    def _begin(self, beginning: dict[str, Tensor]) -> None:
+        for name, value in beginning.items():
+            getattr(self, name).copy_(value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PrototypeHead:
+        """`half()` and `bfloat16()` are for what learns: the memory stays in fp32 at least."""
+        memory = {name: getattr(self, name) for name in Memory._fields}
+        super()._apply(fn, recurse)
+        for name, before in memory.items():
+            now = getattr(self, name)
+            if now.dtype != at_least_fp32(now.dtype):
+                setattr(self, name, before.to(now.device, at_least_fp32(now.dtype)))
+        return self
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, num_prototypes={self.num_prototypes}, embed_dim={self.embed_dim}"
@@ -237,6 +278,9 @@ class PrototypeHead(nn.Module):
     def _embed(self, features: Tensor) -> tuple[Tensor, bool]:
         """`embed` before the unit length is taken, and whether the projection gave no more than half precision."""
         projected, layer_norm = self.projection(features), self.feature_norm
+        if projected.shape[1] != self.embed_dim:  # of a projection that was put in the place of the head's own
+            given = f"{projected.shape[1]} channels"
+            raise ValueError(f"the projection gives {given}, the prototypes have {self.embed_dim}")
         half = projected.dtype in (torch.bfloat16, torch.float16)
         if (self.projection_norm == "width" or layer_norm is not None) and kernels.normed_rows_apply():
             learned = (None, None, 0.0) if layer_norm is None else (layer_norm.weight, layer_norm.bias, layer_norm.eps)
@@ -259,8 +303,12 @@ class PrototypeHead(nn.Module):
         return scores if self.score_norm is None else self.score_norm(scores)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D', h, w) features -> (B, C, h, w) class scores, in fp32 at least."""
-        B, h, w = _sizes(features)
+        """(B, D', h, w) features -> (B, C, h, w) class scores, in fp32 at least.
+
+        Raises:
+            ValueError: features of another shape.
+        """
+        B, h, w = self._sizes(features)
         raw, half = self._embed(features)
         with torch.autocast(features.device.type, enabled=False):
             scores = self._class_scores(raw, half)
@@ -285,7 +333,7 @@ class PrototypeHead(nn.Module):
         Raises:
             ValueError: features or labels of the wrong shape or type or, checked on the CPU only, labels out of range.
         """
-        B, h, w = _sizes(features)
+        B, h, w = self._sizes(features)
         check_labels(labels, len(features), self.num_classes, self.ignore_index)
         raw, half = self._embed(features)  # N D
         with torch.autocast(features.device.type, enabled=False):
@@ -394,16 +442,35 @@ class PrototypeHead(nn.Module):
         parts = {"loss": total.detach(), "ce": ce.detach(), "ppc": ppc.detach(), "ppd": ppd.detach()}
         return Losses(total, ce, ppc, ppd, assignment, embedding, moving, parts, errors)
 
+    def _sizes(self, features: Tensor) -> tuple[int, int, int]:
+        """B, h, w of (B, D', h, w) features."""
+        if features.dim() != 4 or features.shape[1] != self.in_channels:
+            raise ValueError(f"features must be (B, {self.in_channels}, h, w), given {tuple(features.shape)}")
+        return features.shape[0], features.shape[2], features.shape[3]
+
     @torch.no_grad()
     def update(self, losses: Losses | Sequence[Losses]) -> None:
         """Eq. (8): move the prototypes towards the pixels they were given; call it after `backward`.
 
         Takes the losses of one batch or of all micro-batches of an optimiser step. A loss that is not finite, on any
-        rank, moves nothing; an absent class keeps its bits.
+        rank, moves nothing; an absent class keeps its bits. A step that a `GradScaler` skips has a finite loss: leave
+        `update` out where `scaler.get_scale()` has fallen. All ranks must call it, and `losses`, alike.
+
+        Raises:
+            TypeError: not what `losses` gives.
+            ValueError: no losses, or those of another head.
         """
-        batches = [losses] if isinstance(losses, Losses) else list(losses)
+        batches = [losses] if isinstance(losses, Losses) else losses
+        if not isinstance(batches, Sequence) or not all(isinstance(batch, Losses) for batch in batches):
+            raise TypeError(f"update takes what `losses` gave, or a list of such, given {type(losses).__name__}")
         if not batches:
             raise ValueError("update needs the losses of at least one batch")
+        C, K, D = self.prototypes.shape
+        for batch in batches:
+            if batch.embedding is None or batch.embedding.shape[1] != D:
+                raise ValueError(f"these losses are not of this head, whose embeddings have {D} channels")
+            if batch.errors is not None and len(batch.errors.taken) != C * K:
+                raise ValueError(f"these losses are not of this head, which has {C} x {K} prototypes")
         embedding = _joined([batch.embedding for batch in batches if batch.embedding is not None])
         moving = _joined([batch.moving for batch in batches if batch.moving is not None])
         totals = [batch.total.detach() for batch in batches]
@@ -419,6 +486,9 @@ class PrototypeHead(nn.Module):
             taken = sum((errors.taken for errors in wrong[1:]), wrong[0].taken)
             errors = Errors(taken, _joined([errors.lacking for errors in wrong]))
             summed = error_sums(embedding, moving, errors, self._total)
+            if self.start == "data":  # what replaces a prototype is the mean of its pixels, not what they lack
+                means, _ = assigned_sums(embedding, moving, C * K, self._total)
+                summed = torch.where(self.weight.view(-1, 1) == 0, means, summed[0]), summed[1]
         counts = move_(memory, embedding, moving, verdict, total=self._total, summed=summed, **rule)
         if self.across_ranks == "average" and ranks.world_size() > 1:
             self.prototypes.copy_(unit(ranks.total(self.prototypes / ranks.world_size())))
@@ -491,13 +561,6 @@ class PrototypeHead(nn.Module):
         if self.update_from == "correct" and predicted is not None:
             moving = moving.masked_fill(predicted != classes, -1)
         return given, moving
-
-
-def _sizes(features: Tensor) -> tuple[int, int, int]:
-    """B, h, w of (B, D', h, w) features."""
-    if features.dim() != 4:
-        raise ValueError(f"features must be (B, channels, h, w), given {tuple(features.shape)}")
-    return features.shape[0], features.shape[2], features.shape[3]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

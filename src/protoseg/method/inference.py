@@ -71,7 +71,8 @@ def freeze(
 
     Raises:
         ValueError: fewer labels kept than `agreement`, says how many; precision without calibration; an unknown
-            precision, or one this machine cannot compute in; a head whose classes are spread over ranks.
+            precision, or one this machine cannot compute in; a head whose classes are spread over ranks, or whose
+            projection is not one that `build_projection` makes.
     """
     if precision not in ("full", "bf16", "int8"):
         raise ValueError(f'precision must be "full", "bf16" or "int8", given {precision!r}')
@@ -125,8 +126,12 @@ def bilinear_labels(
 
     Returns:
         (B, H, W).
+
+    Raises:
+        ValueError: a type of labels that does not hold all classes.
     """
     B, C, h, w = scores.shape
+    check_holds(dtype, C)
     rows = scores.permute(0, 2, 3, 1).reshape(-1, C)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
     return kernel.resized_labels(rows, (B, h, w), size, align_corners, dtype=dtype)
@@ -203,8 +208,7 @@ class FrozenHead(nn.Module):
         self.score_norm = _copied(head.score_norm, dtype)
         self.register_buffer("log_scale", head.log_scale.detach().to(dtype, copy=True))
 
-        convolutions = [m for m in head.projection.modules() if isinstance(m, nn.Conv2d)]
-        layers = [(_weight(m).double(), _bias(m).double()) for m in convolutions]
+        layers = [(_weight(m).double(), _bias(m).double()) for m in _convolutions(head.projection)]
         vectors = head.prototypes.detach().double()  # C K D
         straight = self.projection_norm == "channel" and self.feature_norm is None and bool(layers)
         D, hidden = head.embed_dim, head.in_channels
@@ -228,6 +232,16 @@ class FrozenHead(nn.Module):
         _pack(self)
         self.register_load_state_dict_post_hook(_pack)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenHead:
+        """`half()` and `bfloat16()` are for the network below: how a frozen head rounds, `freeze` was told."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            lost = moved.dtype != tensor.dtype and moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device) if lost else moved
+
+        return super()._apply(kept, recurse)
+
     def extra_repr(self) -> str:
         made = {"thinned": self.thinned, "folded": self.folded is not None, "screened": self.screen is not None}
         done = [name for name, yes in made.items() if yes]
@@ -235,9 +249,13 @@ class FrozenHead(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D', h, w) features -> (B, C, h, w) class scores, in fp32 at least."""
-        B, _, h, w = features.shape
+        """(B, D', h, w) features -> (B, C, h, w) class scores, in the head's own precision, fp32 at least.
+
+        Raises:
+            ValueError: features of another shape.
+        """
         features, scores = self._prepared(features), None
+        B, _, h, w = features.shape
         with torch.autocast(features.device.type, enabled=False):
             table = self.prototypes.table()
             for start, raw in self._embeddings(features):
@@ -262,10 +280,14 @@ class FrozenHead(nn.Module):
 
         Returns:
             (B, H, W).
+
+        Raises:
+            ValueError: features of another shape, or a type that does not hold all classes.
         """
+        check_holds(dtype, self.num_classes)
+        features = self._prepared(features)
         B, _, h, w = features.shape
         size = (h, w) if size is None else size
-        features = self._prepared(features)
         N, moved = B * h * w, size != (h, w)
         with torch.autocast(features.device.type, enabled=False):
             folded, doubtful = self.folded is not None, 0
@@ -321,8 +343,10 @@ class FrozenHead(nn.Module):
         return scores if self.score_norm is None else self.score_norm(scores.T).T
 
     def _prepared(self, features: Tensor) -> Tensor:
-        """Features in fp32 at least; those of a head with a norm along the width are projected here, whole."""
-        features = features.to(torch.promote_types(features.dtype, self.log_scale.dtype))
+        """Features in the head's precision; those of a head with a norm along the width are projected here, whole."""
+        if features.dim() != 4 or features.shape[1] != self.in_channels:
+            raise ValueError(f"features must be (B, {self.in_channels}, h, w), given {tuple(features.shape)}")
+        features = features.to(self.log_scale.dtype)
         if self.projection_norm != "width":
             return features
         B, _, h, w = features.shape
@@ -426,6 +450,36 @@ def _pixels(features: Tensor, index: Tensor) -> Tensor:
 
 def _length(raw: Tensor) -> Tensor:
     return torch.linalg.vector_norm(raw, dim=1).clamp_min_(1e-12)  # as the unit length of Eq. (1)
+
+
+def check_holds(dtype: torch.dtype, num_classes: int) -> None:
+    """
+    Raises:
+        ValueError: labels of this type cannot name all classes.
+    """
+    most = torch.iinfo(dtype).max if not dtype.is_floating_point else 1 / torch.finfo(dtype).eps
+    if num_classes - 1 > most:
+        raise ValueError(f"labels in {dtype} cannot name {num_classes} classes; take another dtype")
+
+
+def _convolutions(projection: nn.Module) -> list[nn.Conv2d]:
+    """The layers of a projection, between which is ReLU.
+
+    Raises:
+        ValueError: `build_projection` makes no such projection.
+    """
+    if isinstance(projection, nn.Identity):
+        return []
+    layers = list(projection) if isinstance(projection, nn.Sequential) else [projection]
+    kinds = [type(layer) for layer in layers]
+    found = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    plain = all(m.kernel_size == m.stride == (1, 1) and m.groups == 1 and m.padding == (0, 0) for m in found)
+    if kinds not in ([nn.Conv2d], [nn.Conv2d, nn.ReLU, nn.Conv2d]) or not plain or any(m.bias is None for m in found):
+        raise ValueError(
+            f"only the projections that PrototypeHead makes can be frozen, this one is {type(projection).__name__} of "
+            f"{', '.join(kind.__name__ for kind in kinds)}; answer through the head itself"
+        )
+    return found
 
 
 def _weight(convolution: nn.Conv2d) -> Tensor:

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from protoseg.method import ranks
 from protoseg.method.clustering import Reduction
+from protoseg.method.presets import whole
 from protoseg.method.resizing import bilinear, bilinear_adjoint
+
+VOID = 255  # the usual label of pixels that have none
 
 
 class Errors(NamedTuple):
@@ -88,19 +91,33 @@ def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int
 
 
 def weights_of_classes(weights: Sequence[float] | None, num_classes: int) -> Tensor | None:
-    """(C,) fp32 weights of the cross-entropy, or None for none.
+    """(C,) fp32 weights of the cross-entropy on the CPU, or None for none.
 
     Raises:
         ValueError: not C of them, or one that is no weight.
     """
     if weights is None:
         return None
-    tensor = torch.as_tensor(weights, dtype=torch.float32)
+    tensor = torch.as_tensor(weights, dtype=torch.float32, device="cpu")  # whatever device modules are made on
     if tensor.shape != (num_classes,):
         raise ValueError(f"class_weights needs {num_classes} numbers, given {tensor.numel()}")
     if not bool(((tensor >= 0) & tensor.isfinite()).all()):
         raise ValueError(f"class_weights must be finite and not negative, given {tensor.tolist()}")
     return tensor
+
+
+def void_label(ignore_index: int | None, num_classes: int) -> int:
+    """The label of pixels that have none: 255 unless given.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: none given, and 255 is one of the classes.
+    """
+    if ignore_index is None and num_classes > VOID:
+        raise ValueError(
+            f"{VOID} is one of {num_classes} classes, so ignore_index must be given; one that is none is -100 or 65535"
+        )
+    return VOID if ignore_index is None else whole("ignore_index", ignore_index)
 
 
 def ranks_share(total: Reduction) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 DEFAULT: dict[str, Any] = {
@@ -80,11 +81,49 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+NUMBERS = ("kappa", "contrast_temperature", "score_scale", "contrast_weight", "distance_weight", "momentum")
+COUNTS = ("sinkhorn_iterations", "contrast_negatives", "reseed_after")  # or None, where the preset may have it
+
+
+def whole(name: str, value: Any) -> int:
+    """`value` as an int, from whatever is one (of NumPy, a tensor).
+
+    Raises:
+        TypeError: it is none; names the argument.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, given {value!r}") from None
+
+
+def count(name: str, value: Any) -> int:
+    """`value` as an int of at least 1.
+
+    Raises:
+        TypeError, ValueError: it is none; names the argument.
+    """
+    if whole(name, value) < 1:
+        raise ValueError(f"{name} must be at least 1, given {value}")
+    return whole(name, value)
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a float, from whatever is a number.
+
+    Raises:
+        TypeError: it is none; names the argument.
+    """
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, given {value!r}")
+    return float(value)
+
+
 def settle(preset: str, named: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a preset with `named` ones in place of its own.
 
     Raises:
-        TypeError: an argument nobody knows.
+        TypeError: an argument nobody knows, or one that is no number where one is due.
         ValueError: an unknown preset, or a value that means nothing; names the argument.
     """
     if preset not in PRESETS:
@@ -93,6 +132,8 @@ def settle(preset: str, named: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise TypeError(f"PrototypeHead has no argument {', '.join(sorted(unknown))}")
     settings = PRESETS[preset] | named
+    settings |= {name: number(name, settings[name]) for name in NUMBERS}
+    settings |= {name: count(name, settings[name]) for name in COUNTS if settings[name] is not None}
     for name, choices in CHOICES.items():
         own = name == "assignment" and callable(settings[name])
         if settings[name] not in choices and not own:
@@ -105,7 +146,4 @@ def settle(preset: str, named: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} must not be negative, given {settings[name]}")
     if not 0 <= settings["momentum"] <= 1:
         raise ValueError(f"momentum must lie in [0, 1], given {settings['momentum']}")
-    for name in ("sinkhorn_iterations", "contrast_negatives", "reseed_after"):
-        if settings[name] is not None and settings[name] < 1:
-            raise ValueError(f"{name} must be at least 1, given {settings[name]}")
     return settings

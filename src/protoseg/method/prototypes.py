@@ -25,6 +25,11 @@ DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is id
 CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
 
 
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """What the memory is kept in: steps of 1 - mu, and counts of thousands, are lost in half precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Memory(NamedTuple):
     """All that is remembered between steps.
 
@@ -48,21 +53,22 @@ def starting_vectors(num_classes: int, num_prototypes: int, dim: int, start: Sta
     `random` and `data` give near-orthogonal directions: exactly orthogonal within blocks of D vectors, so that no two
     classes start alike (with `data` they only break the first tie; the first pixels replace them). `nested` gives such
     a direction to every class and spreads its prototypes around it, so that the network is asked to part classes from
-    the start but not the prototypes of one. `truncated_normal` is the 2022 code's start.
+    the start but not the prototypes of one. `truncated_normal` is the 2022 code's start. In fp32 at least.
     """
+    dtype = at_least_fp32(torch.get_default_dtype())
     if start == "truncated_normal":
-        vectors = nn.init.trunc_normal_(torch.empty(num_classes, num_prototypes, dim), std=0.02)
+        vectors = nn.init.trunc_normal_(torch.empty(num_classes, num_prototypes, dim, dtype=dtype), std=0.02)
         return unit(vectors)
     if start != "nested" or num_prototypes == 1 or dim == 1:
-        return _near_orthogonal(num_classes * num_prototypes, dim).view(num_classes, num_prototypes, dim)
-    centre = _near_orthogonal(num_classes, dim)[:, None]  # C 1 D
-    aside = torch.randn(num_classes, num_prototypes, dim)
+        return _near_orthogonal(num_classes * num_prototypes, dim, dtype).view(num_classes, num_prototypes, dim)
+    centre = _near_orthogonal(num_classes, dim, dtype)[:, None]  # C 1 D
+    aside = torch.randn(num_classes, num_prototypes, dim, dtype=dtype)
     aside = unit(aside - (aside * centre).sum(-1, keepdim=True) * centre)
     return unit(NESTED * centre + math.sqrt(1 - NESTED**2) * aside)
 
 
-def _near_orthogonal(count: int, dim: int) -> Tensor:
-    blocks = [nn.init.orthogonal_(torch.empty(min(dim, count - i), dim)) for i in range(0, count, dim)]
+def _near_orthogonal(count: int, dim: int, dtype: torch.dtype) -> Tensor:
+    blocks = [nn.init.orthogonal_(torch.empty(min(dim, count - i), dim, dtype=dtype)) for i in range(0, count, dim)]
     return unit(torch.cat(blocks))
 
 

@@ -73,8 +73,19 @@ class ShardedPrototypeHead(PrototypeHead):
         if world > 1:
             self._shard = Shard(self.first, self.last - self.first, max(self.class_counts), ranks.total, ranks.largest)
         for name in PER_CLASS:
-            whole = ranks.from_first(getattr(self, name))
-            setattr(self, name, whole[self.first : self.last].clone())
+            setattr(self, name, self._part_of_first(getattr(self, name)))
+
+    def _part_of_first(self, whole: Tensor) -> Tensor:
+        """This rank's classes of what the first rank has for all of them."""
+        return ranks.from_first(whole)[self.first : self.last].clone()
+
+    def reset_parameters(self) -> None:
+        """As of the unsharded head; every rank must call it. The start is the first rank's."""
+        beginning = self._beginning()
+        for name, value in beginning.items():
+            if name in PER_CLASS:
+                beginning[name] = self._part_of_first(value)
+        self._begin(beginning)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, classes=[{self.first}, {self.last})"
@@ -84,7 +95,7 @@ class ShardedPrototypeHead(PrototypeHead):
 
         Every rank must call it; without images, with B = 0. Sizes may differ.
         """
-        B, _, h, w = features.shape
+        B, h, w = self._sizes(features)
         pixels = self._numbers([B * h * w], features.device)
         embedded, half = self._embed(features)
         raw = ranks.gathered(embedded, [n for (n,) in pixels])
@@ -99,8 +110,8 @@ class ShardedPrototypeHead(PrototypeHead):
             ValueError: labels of the wrong shape or type or, checked on the CPU only, out of range; another size than
                 on another rank.
         """
+        _, h, w = self._sizes(features)
         check_labels(labels, len(features), self.num_classes, self.ignore_index)
-        h, w = features.shape[2:]
         images = self._images(features, labels)
         pixels = [n * h * w for n in images]
         embedded, half = self._embed(features)

@@ -19,7 +19,7 @@ from protoseg.models.softmax_head import CosineHead, SoftmaxHead
 __all__ = ["HEADS", "NETWORKS", "Segmenter", "assemble", "build", "build_head", "count_parameters"]
 
 
-def build(model: Model, head: Head, num_classes: int, ignore_index: int = 255) -> Segmenter:
+def build(model: Model, head: Head, num_classes: int, ignore_index: int | None = None) -> Segmenter:
     """The network of the settings, with random weights unless `model.pretrained` or `model.weights` say otherwise.
 
     Raises:
@@ -37,7 +37,7 @@ def build(model: Model, head: Head, num_classes: int, ignore_index: int = 255) -
 
 
 def assemble(
-    backbone: Any, decoder: Any, model: Model, head: Head, num_classes: int, ignore_index: int = 255
+    backbone: Any, decoder: Any, model: Model, head: Head, num_classes: int, ignore_index: int | None = None
 ) -> Segmenter:
     """A `Segmenter` from a backbone and a decoder that are already there, for networks of your own."""
     with torch.random.fork_rng(devices=[]):  # what one head draws more than another must not move what comes after it
@@ -62,7 +62,7 @@ def written_out(head: Head, **known: Any) -> Head:
     return dataclasses.replace(head, **{name: known[name] for name in unsaid if name in known})
 
 
-def build_head(head: Head, in_channels: int, num_classes: int, ignore_index: int = 255) -> nn.Module:
+def build_head(head: Head, in_channels: int, num_classes: int, ignore_index: int | None = None) -> nn.Module:
     """The classifier of the settings, for features of `in_channels`.
 
     Raises:
@@ -78,16 +78,16 @@ def build_head(head: Head, in_channels: int, num_classes: int, ignore_index: int
         raise UserError(f"head.{head.kind}: {fault}; change the head settings") from fault
 
 
-def _prototype(head: Head, in_channels: int, num_classes: int, ignore_index: int) -> nn.Module:
+def _prototype(head: Head, in_channels: int, num_classes: int, ignore_index: int | None) -> nn.Module:
     given = {name: value for name, value in dataclasses.asdict(head).items() if value is not None and name != "kind"}
     return PrototypeHead(in_channels, num_classes, ignore_index=ignore_index, **given)
 
 
-def _softmax(head: Head, in_channels: int, num_classes: int, ignore_index: int) -> nn.Module:
+def _softmax(head: Head, in_channels: int, num_classes: int, ignore_index: int | None) -> nn.Module:
     return SoftmaxHead(in_channels, num_classes, ignore_index=ignore_index, class_weights=head.class_weights)
 
 
-def _softmax_projected(head: Head, in_channels: int, num_classes: int, ignore_index: int) -> nn.Module:
+def _softmax_projected(head: Head, in_channels: int, num_classes: int, ignore_index: int | None) -> nn.Module:
     if head.projection == "none":
         raise ValueError('projection="none" makes it the plain softmax head')
     return SoftmaxHead(
@@ -100,7 +100,9 @@ def _softmax_projected(head: Head, in_channels: int, num_classes: int, ignore_in
     )
 
 
-def _cosine(head: Head, in_channels: int, num_classes: int, ignore_index: int, num_vectors: int = 1) -> nn.Module:
+def _cosine(
+    head: Head, in_channels: int, num_classes: int, ignore_index: int | None, num_vectors: int = 1
+) -> nn.Module:
     given = {"score_scale": head.score_scale, "learn_scale": head.learn_scale}
     return CosineHead(
         in_channels,
@@ -114,7 +116,7 @@ def _cosine(head: Head, in_channels: int, num_classes: int, ignore_index: int, n
     )
 
 
-def _subcentres(head: Head, in_channels: int, num_classes: int, ignore_index: int) -> nn.Module:
+def _subcentres(head: Head, in_channels: int, num_classes: int, ignore_index: int | None) -> nn.Module:
     return _cosine(head, in_channels, num_classes, ignore_index, head.num_prototypes)
 
 
@@ -125,7 +127,7 @@ def _embed_dim(head: Head, in_channels: int) -> int | None:
     return head.embed_dim
 
 
-HEADS: dict[str, Callable[[Head, int, int, int], nn.Module]] = {
+HEADS: dict[str, Callable[[Head, int, int, int | None], nn.Module]] = {
     "prototype": _prototype,
     "softmax": _softmax,
     "softmax_projected": _softmax_projected,

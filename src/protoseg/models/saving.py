@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from protoseg.config import Head, Model, UserError
-from protoseg.models import build
+from protoseg.models import build, build_head
 from protoseg.models.segmenter import Segmenter
 from protoseg.models.weights import differences, listed, read_safetensors, refuse_not_finite, reshaped
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1
+# What a head answers by, beside its tensors.
+ANSWERS = ("num_classes", "in_channels", "embed_dim", "distance", "projection_norm", "align_corners", "ignore_index")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -37,8 +40,8 @@ def save(segmenter: Segmenter, folder: str | Path, meta: Mapping[str, Any]) -> P
             prediction needs to know are kept as they are. `ignore_index` is the head's unless given.
 
     Raises:
-        UserError: a segmenter that `build` did not make, names that are not C, weights that are not finite, a folder
-            that cannot be written.
+        UserError: a segmenter that `build` did not make, or whose head has been exchanged or frozen since, names that
+            are not C, weights that are not finite, a folder that cannot be written.
     """
     folder = Path(folder)
     config = _config(segmenter, meta)
@@ -102,6 +105,7 @@ def _config(segmenter: Segmenter, meta: Mapping[str, Any]) -> dict[str, Any]:
     kept = {"ignore_index": segmenter.head.ignore_index, **meta, "names": names}
     if kept["ignore_index"] != segmenter.head.ignore_index:
         raise UserError(f"meta says ignore_index {kept['ignore_index']} but the head {segmenter.head.ignore_index}")
+    _check_head(segmenter.head, head)
     config = {
         "format": FORMAT,
         "library": "protoseg",
@@ -115,6 +119,28 @@ def _config(segmenter: Segmenter, meta: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(config, allow_nan=False))
     except (TypeError, ValueError) as fault:
         raise UserError(f"meta must be plain data (numbers, text, lists, dicts): {fault}") from fault
+
+
+def _check_head(head: nn.Module, settings: Head) -> None:
+    """
+    Raises:
+        UserError: it is not what the settings make.
+    """
+    with torch.device("meta"):  # no value is drawn
+        fresh = build_head(settings, head.in_channels, head.num_classes, head.ignore_index)  # type: ignore[arg-type]
+    if type(head) is not type(fresh):
+        raise UserError(
+            f"the head is a {type(head).__name__}, but its settings make a {type(fresh).__name__}: the folder could "
+            "not be loaded; save the segmenter that models.build made, and freeze or exchange its head afterwards"
+        )
+    shapes, others = ({name: value.shape for name, value in one.state_dict().items()} for one in (head, fresh))
+    wrong = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+    wrong += [name for name in ANSWERS if getattr(head, name, None) != getattr(fresh, name, None)]
+    if wrong:
+        raise UserError(
+            f"the head differs from its settings in {listed(wrong)}: another model would be loaded; build it anew with "
+            "models.assemble"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

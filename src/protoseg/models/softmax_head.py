@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.method.head import Projection, build_projection
-from protoseg.method.losses import Losses, check_labels, segmentation_cross_entropy, weights_of_classes
+from protoseg.method.losses import Losses, check_labels, segmentation_cross_entropy, void_label, weights_of_classes
 from protoseg.method.prototypes import starting_vectors
 
 
@@ -22,7 +22,7 @@ class SoftmaxHead(nn.Module):
         num_classes: C.
         projection: `none`, or `mlp` / `linear` as in `PrototypeHead`, for a baseline of equal capacity.
         embed_dim: D of the projection; default 256 with one, else `in_channels`.
-        ignore_index: the void label.
+        ignore_index: the void label; 255 unless given, and to be given with more than 255 classes.
         class_weights: C numbers, weights of the cross-entropy.
     """
 
@@ -36,7 +36,7 @@ class SoftmaxHead(nn.Module):
         *,
         projection: Projection = "none",
         embed_dim: int | None = None,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         class_weights: Sequence[float] | None = None,
     ):
         super().__init__()
@@ -45,7 +45,7 @@ class SoftmaxHead(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.embed_dim = embed_dim
-        self.ignore_index = ignore_index
+        self.ignore_index = void_label(ignore_index, num_classes)
         self.register_buffer("class_weights", weights_of_classes(class_weights, num_classes))
         self.projection = build_projection(in_channels, embed_dim, projection)
         self._build_classifier()
@@ -100,7 +100,7 @@ class CosineHead(SoftmaxHead):
         learn_scale: bool = True,
         projection: Projection = "mlp",
         embed_dim: int | None = None,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         class_weights: Sequence[float] | None = None,
     ):
         if num_vectors < 1:
