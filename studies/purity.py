@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -167,23 +166,27 @@ def show(run: Path, classes: Iterable[str], looks: Iterable[list[str]], table: T
 
 
 def measure_pixels(
-    run: Path, given: Callable[[Path, str], tuple[list[str], list[list[str]], Pictures]], split: str, K: int | None
+    run: Path,
+    given: Callable[[Path], tuple[list[str], list[list[str]], Pictures]],
+    learned: Callable[[Path], Pictures],
+    K: int | None,
 ) -> None:
     """Print one run's purity in the looks of pixels.
 
     Args:
-        given: from a run and a split to the names of the classes, of their looks, and the pictures.
-        K: centres of each class, fitted to the pictures of the train split. None: the run's own prototypes.
+        given: from a run to the names of the classes, of their looks, and the pictures.
+        learned: the pictures of its train split, whose looks nobody looks at.
+        K: centres of each class, fitted to those. None: the run's own prototypes.
 
     Raises:
         UserError: the run has other classes than the pictures.
     """
     predictor = load(run)
-    classes, looks, pictures = given(run, split)
+    classes, looks, pictures = given(run)
     if list(predictor.names) != classes:
         raise UserError(f"{run} knows the classes {', '.join(predictor.names)}; the pictures have {', '.join(classes)}")
     if K is not None:
-        cluster(predictor, given(run, "train")[2], K)
+        cluster(predictor, learned(run), K)
     show(run, classes, looks, pixel_shares(predictor, pictures, max(map(len, looks))))
 
 
@@ -199,15 +202,25 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--generated", action="store_true", help="scenes as each run's own recipe paints them")
     parser.add_argument("--cluster", type=int, metavar="K", help="centres of k-means instead of the run's prototypes")
     arguments = parser.parse_args(words)
-    measure = partial(measure_pixels, split=arguments.split, K=arguments.cluster)
+    split, root = arguments.split, arguments.root
     if arguments.generated:
+
+        def scenes(run: Path, split: str = split) -> tuple[list[str], list[list[str]], Pictures]:
+            return generated(of_run(run), split)
+
         for run in arguments.paths:
-            measure(run, lambda run, split: generated(of_run(run), split))
+            measure_pixels(run, scenes, lambda run: scenes(run, "train")[2], arguments.cluster)
     elif arguments.classes or arguments.looks:
         if not (arguments.classes and arguments.looks):
             parser.error("--classes and --looks belong together")
+        coarse, fine = arguments.classes, arguments.looks
         for run in arguments.paths:
-            measure(run, lambda _, split: finer(arguments.classes, arguments.looks, arguments.root, split))
+            measure_pixels(
+                run,
+                lambda _: finer(coarse, fine, root, split),
+                lambda _: finer(coarse, coarse, root, "train")[2],
+                arguments.cluster,
+            )
     else:
         if arguments.cluster:
             parser.error("--cluster goes with --classes and --looks, or with --generated")
