@@ -28,7 +28,7 @@ class Numbers(torch.utils._python_dispatch.TorchDispatchMode):
 
 def counted(classes, drawn=None, up=1):
     torch.manual_seed(0)
-    head = PrototypeHead(D, classes, num_prototypes=K, projection="none", embed_dim=D, contrast_negatives=drawn)
+    head = PrototypeHead(D, classes, num_prototypes=K, projection="none", contrast_negatives=drawn, ignore_index=-1)
     features = torch.randn(1, D, SIDE, SIDE, requires_grad=True)
     labels = torch.randint(classes, (1, SIDE * up, SIDE * up))
     with Numbers() as numbers:

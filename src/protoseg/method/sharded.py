@@ -21,7 +21,7 @@ PER_CLASS = ("prototypes", "weight", "length", "usage", "idle")  # buffers whose
 class ShardedPrototypeHead(PrototypeHead):
     """`PrototypeHead` whose rank r of R holds the prototypes of C/R classes only.
 
-        head = ShardedPrototypeHead(256, num_classes=100_000)      # on every rank, with the same arguments
+        head = ShardedPrototypeHead(256, num_classes=100_000, ignore_index=-1)  # on every rank, with the same arguments
         net = DistributedDataParallel(net, broadcast_buffers=False)    # not forward_sync_buffers: see below
 
     It goes with ordinary data-parallel training: every rank brings its own images. Embeddings and labels are gathered
