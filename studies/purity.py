@@ -11,7 +11,8 @@ Looks of pixels: the classes of a finer description of the same masks, or what g
     python studies/purity.py --generated RUN...
 
 `--cluster K` puts K centres of k-means in the place of prototypes, fitted after training to each class's embeddings in
-the train split: the rival that needs no prototypes in training, for any head. With looks of pixels only.
+the train split: the rival that needs no prototypes in training, for any head that has no norm of its own between
+projection and unit length. With looks of pixels only.
 
 Purity of a class: the share of its pixels whose prototype's most frequent look is their own, every look counted alike;
 without any knowledge of looks it is one over their number. With looks of pictures every picture counts alike too, and
@@ -73,12 +74,13 @@ def embeddings(predictor: Predictor, pictures: Pictures, generator: torch.Genera
     found: list[list[Tensor]] = [[] for _ in range(head.num_classes)]
     for image, label, _ in pictures:
         image = resize_image(image, predictor._sizes)
-        features = head.projection(model.features(image[None]))[0]  # D h w, of an image padded to whole cells
+        padded = model._prepare(image[None])
+        features = head.projection(model.decoder(model.backbone(padded)))[0]  # D h w
         cells = []
         for axis in (0, 1):
             size = image.shape[1 + axis]
             places = (torch.arange(label.shape[axis]) + 0.5) / label.shape[axis] * size
-            cells.append((places * features.shape[1 + axis] / (size + -size % model.multiple)).long())
+            cells.append((places * features.shape[1 + axis] / padded.shape[2 + axis]).long())
         for c in label.unique().tolist():
             if 0 <= c < head.num_classes:
                 at = (label == c).nonzero()
@@ -92,12 +94,15 @@ def cluster(predictor: Predictor, pictures: Pictures, K: int, seed: int = 0) -> 
     """Put the centres of each class's embeddings (k-means, started by k-means++) in the place of the head's prototypes.
 
     Raises:
-        UserError: a class has fewer than K pixels.
+        UserError: a class has fewer than K pixels; the head has a norm of its own.
     """
     from scipy.cluster.vq import kmeans2
 
     head = predictor.segmenter.head
-    new = PrototypeHead(head.embed_dim, head.num_classes, num_prototypes=K, projection="none").eval()
+    if getattr(head, "projection_norm", "channel") != "channel" or getattr(head, "feature_norm", None) is not None:
+        raise UserError("this head has a norm between projection and unit length, which --cluster does not take")
+    C, D, void = head.num_classes, head.embed_dim, head.ignore_index
+    new = PrototypeHead(D, C, num_prototypes=K, projection="none", ignore_index=void).eval()
     for c, rows in enumerate(embeddings(predictor, pictures, torch.Generator().manual_seed(seed))):
         if len(rows) < K:
             raise UserError(f"{len(rows)} pixels of class {predictor.names[c]} do not make {K} clusters")

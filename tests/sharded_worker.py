@@ -103,6 +103,10 @@ def train(variant: str, world: int, rank: int | None) -> dict:
         with torch.no_grad():
             seen["scores"].append(net.head(net.trunk(images)))
         seen["distinctness"].append(net.head.distinctness())
+    torch.manual_seed(7 + (rank or 0))  # the first rank's start counts
+    net.head.reset_parameters()
+    state = net.head.state_dict() if rank is None else net.head.whole_state_dict()
+    seen["anew"] = [{name: value.clone() for name, value in state.items()}]
     return seen
 
 

@@ -30,7 +30,6 @@ def test_the_head_in_a_network_of_ones_own(tmp_path):
     net, images = names["net"], names["images"]
     whole = torch.nn.functional.interpolate(net(images), size=(16, 24), mode="bilinear")
     assert_close(names["labels"].float(), whole.argmax(1).float())
-    assert_close(names["average"].module.head.prototypes, net.head.prototypes)
     assert_close(names["head"].prototypes.norm(dim=-1), torch.ones(19, 10))
     wide = torch.randn(3, 64, 5, 7)
     assert_close(names["exported"].module()(wide), net.head(wide))
@@ -43,3 +42,7 @@ def test_the_head_in_a_network_of_ones_own(tmp_path):
     with quiet_lightning():
         trainer.fit(names["Module"](net.train()), loader)
     assert not torch.equal(net.head.prototypes, before)
+    (copying,) = [line for block in blocks for line in block.splitlines() if line.startswith("average.module.load")]
+    assert not torch.equal(names["average"].module.head.prototypes, net.head.prototypes)
+    exec(copying, names)
+    assert torch.equal(names["average"].module.head.prototypes, net.head.prototypes)

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import rank_processes
 from protoseg.method.head import PrototypeHead
-from protoseg.method.sharded import ShardedPrototypeHead
+from protoseg.method.sharded import PER_CLASS, ShardedPrototypeHead
 from sharded_worker import CLASSES, IMAGES, STEPS, VARIANTS, alone, gradients
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -76,6 +76,14 @@ def test_scores_of_a_ranks_images_are_those_of_one_process(results):
         assert_close(together, single["scores"][step], rtol=0, atol=1e-11)
         for rank in seen:
             assert rank["distinctness"][step] == pytest.approx(single["distinctness"][step], abs=1e-6)
+
+
+def test_a_start_anew_is_the_first_ranks_and_that_of_one_process(results):
+    single, seen = results
+    for rank in seen:
+        for name in (*PER_CLASS, "log_scale"):
+            assert torch.equal(rank["anew"][0][name], single["anew"][0][name]), name
+    assert not torch.equal(single["anew"][0]["prototypes"], single["state"][-1]["prototypes"])
 
 
 def test_the_variants_are_worth_comparing(results):

@@ -137,15 +137,13 @@ CELL = 4  # pixels of a picture along a side of a feature pixel
 class Colours(nn.Module):
     """A network whose features are the colours of cells, of pictures padded to whole ones."""
 
-    multiple = CELL
-
     def __init__(self, num_classes):
         super().__init__()
-        self.head = SimpleNamespace(num_classes=num_classes, embed_dim=3, projection=nn.Identity())
+        self.head = SimpleNamespace(num_classes=num_classes, embed_dim=3, projection=nn.Identity(), ignore_index=255)
+        self.backbone, self.decoder = nn.AvgPool2d(CELL), nn.Identity()
 
-    def features(self, images):
-        padded = F.pad(images.float(), (0, -images.shape[3] % CELL, 0, -images.shape[2] % CELL))
-        return F.avg_pool2d(padded, CELL)
+    def _prepare(self, images):
+        return F.pad(images.float(), (0, -images.shape[3] % CELL, 0, -images.shape[2] % CELL))
 
 
 def pictures(count, rows=5, columns=7):

@@ -157,6 +157,19 @@ def test_the_same_bits_every_time(label_size):
     assert torch.equal(again[1], gradient)
 
 
+@pytest.mark.parametrize("label_size", [(3, 4), (5, 9)])
+def test_a_void_pixel_of_the_only_class_asks_for_nothing(label_size):
+    scores, labels = problem(1, (3, 4), label_size, void=0.0)
+    flat, share = scores.reshape(1, -1).clone(), torch.tensor(SHARE, dtype=scores.dtype, device=scores.device)
+    if label_size == (3, 4):
+        losses, _ = cross_entropy.cross_entropy_(flat, labels.reshape(-1), 0, None, share)
+        gradient = flat
+    else:
+        losses, _, gradient = cross_entropy.label_cross_entropy(flat, (3, 4), labels, False, 0, None, share)
+    assert losses.sum() == 0
+    assert not gradient.any()
+
+
 def test_labels_of_any_layout():
     scores, labels = problem(3, (2, 2), (4, 4))
     turned = labels.transpose(1, 2).contiguous().transpose(1, 2)

@@ -471,7 +471,8 @@ def test_wrong_settings_stop():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("ignore_index", 255.0), ("num_prototypes", 2.5), ("kappa", "0.05"), ("reseed_after", 1.5)]
+    ("name", "value"),
+    [("ignore_index", 255.0), ("num_prototypes", 2.5), ("kappa", "0.05"), ("kappa", np.ones(2)), ("reseed_after", 1.5)],
 )
 def test_what_is_no_number_is_refused_by_name(name, value):
     with pytest.raises(TypeError, match=name):
@@ -534,6 +535,7 @@ def test_a_default_of_half_precision_makes_a_head_too():
 def test_a_head_made_without_values_gets_them_from_reset_parameters(preset, weights):
     with torch.device("meta"):
         head = PrototypeHead(6, 3, preset=preset, class_weights=weights)
+    assert all(value.is_meta for value in [*head.parameters(), *head.buffers()])
     head.to_empty(device="cpu")
     with torch.no_grad():
         for value in [*head.parameters(), *head.buffers()]:

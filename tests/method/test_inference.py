@@ -176,7 +176,7 @@ def test_what_cannot_be_frozen_so_is_refused():
 def test_a_projection_that_is_not_the_heads_own_is_not_frozen(layers):
     head = build(8, 4, embed_dim=8)
     head.projection = nn.Sequential(*layers).double()
-    with pytest.raises(ValueError, match="only the projections that PrototypeHead makes"):
+    with pytest.raises(ValueError, match="only projections as PrototypeHead makes them"):
         freeze(head)
 
 
@@ -190,6 +190,10 @@ def test_features_of_another_shape_and_labels_of_a_small_type_are_refused():
         with pytest.raises(ValueError, match="uint8 cannot name 300 classes"):
             answer()
     assert frozen.labels(pixels(8), dtype=torch.int16).dtype == torch.int16
+    inference.check_holds(torch.bfloat16, 257)
+    for dtype, classes in ((torch.bfloat16, 258), (torch.bool, 3)):
+        with pytest.raises(ValueError, match="cannot name"):
+            inference.check_holds(dtype, classes)
 
 
 def short_labels(scores):
@@ -226,6 +230,17 @@ def test_half_precision_features_and_heads_are_scored_in_fp32():
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(frozen.to(dtype)(features), scores)  # how it rounds was said when it was frozen
     assert torch.equal(frozen(features.double()), scores)
+    rounded = freeze(head, precision="bf16", calibration=features, agreement=0)
+    scores = rounded(features)
+    assert torch.equal(rounded.float()(features), scores)
+
+
+def test_a_projection_with_parametrised_layers_is_frozen_as_it_is():
+    head = build(8, 4, embed_dim=8)
+    for layer in (head.projection[0], head.projection[2]):
+        nn.utils.parametrizations.weight_norm(layer)
+    features = pixels(8)
+    assert_close(freeze(head)(features), head(features).detach(), rtol=0, atol=1e-10)
 
 
 @settings(max_examples=80, deadline=None)

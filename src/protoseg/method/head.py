@@ -221,7 +221,7 @@ class PrototypeHead(nn.Module):
         self.score_norm = PromotedLayerNorm(num_classes) if settings["score_norm"] == "layer_norm" else None
         self.start: Start = settings["start"]
         self._score_scale: float = settings["score_scale"]
-        self._class_weights = weights_of_classes(class_weights, num_classes)
+        self._class_weights = None if class_weights is None else list(class_weights)
         self.register_buffer("class_weights", None)
         for name, value in self._beginning().items():
             if name == "log_scale" and settings["learn_scale"]:
@@ -234,7 +234,7 @@ class PrototypeHead(nn.Module):
         shape = (self.num_classes, self.num_prototypes)
         weight = starting_weight(self.start, self.momentum, self.momentum_rule, self.count_cap)
         dtype = at_least_fp32(torch.get_default_dtype())
-        weights = self._class_weights
+        weights = weights_of_classes(self._class_weights, self.num_classes)
         return {
             "log_scale": torch.tensor(math.log(self._score_scale)),
             "prototypes": starting_vectors(*shape, self.embed_dim, self.start),
@@ -242,14 +242,15 @@ class PrototypeHead(nn.Module):
             "length": torch.ones(shape, dtype=dtype),
             "usage": torch.full(shape, 1 / self.num_prototypes, dtype=dtype),  # share of the class, moving average
             "idle": torch.zeros(shape, dtype=dtype),  # steps in which the class was seen and this was idle
-            **({} if weights is None else {"class_weights": weights.clone()}),
+            **({} if weights is None else {"class_weights": weights}),
         }
 
     def reset_parameters(self) -> None:
         """Begin anew: draw the prototypes, and put scale, log of use and class weights back; layers have their own.
 
         For whoever makes modules without their values, as `torch.device("meta")` with `to_empty` does, and
-        `from_pretrained` of Hugging Face: call it from `_init_weights`.
+        `from_pretrained` of Hugging Face: call it from `_init_weights`. Every rank draws its own start, so call it
+        before DDP, which takes the first rank's.
         """
         self._begin(self._beginning())
 

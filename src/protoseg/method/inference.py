@@ -233,12 +233,13 @@ class FrozenHead(nn.Module):
         self.register_load_state_dict_post_hook(_pack)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenHead:
-        """`half()` and `bfloat16()` are for the network below: how a frozen head rounds, `freeze` was told."""
+        """`half()` and `float()` are for the network below: how a frozen head rounds, `freeze` was told."""
+        halves = {torch.bfloat16, torch.float16}
 
         def kept(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            lost = moved.dtype != tensor.dtype and moved.dtype in (torch.bfloat16, torch.float16)
-            return tensor.to(moved.device) if lost else moved
+            other = moved.dtype != tensor.dtype and not halves.isdisjoint((moved.dtype, tensor.dtype))
+            return tensor.to(moved.device) if other else moved
 
         return super()._apply(kept, recurse)
 
@@ -457,7 +458,10 @@ def check_holds(dtype: torch.dtype, num_classes: int) -> None:
     Raises:
         ValueError: labels of this type cannot name all classes.
     """
-    most = torch.iinfo(dtype).max if not dtype.is_floating_point else 1 / torch.finfo(dtype).eps
+    if dtype.is_floating_point:
+        most = 2 / torch.finfo(dtype).eps  # up to there all whole numbers are among its values
+    else:
+        most = 1 if dtype == torch.bool else torch.iinfo(dtype).max
     if num_classes - 1 > most:
         raise ValueError(f"labels in {dtype} cannot name {num_classes} classes; take another dtype")
 
@@ -471,13 +475,14 @@ def _convolutions(projection: nn.Module) -> list[nn.Conv2d]:
     if isinstance(projection, nn.Identity):
         return []
     layers = list(projection) if isinstance(projection, nn.Sequential) else [projection]
-    kinds = [type(layer) for layer in layers]
-    found = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    found = [layer for layer in layers[::2] if isinstance(layer, nn.Conv2d)]
+    between = [layer for layer in layers[1::2] if isinstance(layer, nn.ReLU)]
     plain = all(m.kernel_size == m.stride == (1, 1) and m.groups == 1 and m.padding == (0, 0) for m in found)
-    if kinds not in ([nn.Conv2d], [nn.Conv2d, nn.ReLU, nn.Conv2d]) or not plain or any(m.bias is None for m in found):
+    biased = all(m.bias is not None for m in found)
+    if not (plain and biased and len(found) == len(between) + 1 and len(found) + len(between) == len(layers)):
         raise ValueError(
-            f"only the projections that PrototypeHead makes can be frozen, this one is {type(projection).__name__} of "
-            f"{', '.join(kind.__name__ for kind in kinds)}; answer through the head itself"
+            "only projections as PrototypeHead makes them, 1x1 convolutions with ReLU between, can be frozen; this has "
+            f"{', '.join(type(layer).__name__ for layer in layers)}; answer through the head itself"
         )
     return found
 

@@ -91,19 +91,19 @@ def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int
 
 
 def weights_of_classes(weights: Sequence[float] | None, num_classes: int) -> Tensor | None:
-    """(C,) fp32 weights of the cross-entropy on the CPU, or None for none.
+    """(C,) fp32 weights of the cross-entropy, on the device that modules are made on, or None for none.
 
     Raises:
         ValueError: not C of them, or one that is no weight.
     """
     if weights is None:
         return None
-    tensor = torch.as_tensor(weights, dtype=torch.float32, device="cpu")  # whatever device modules are made on
+    tensor = torch.as_tensor(weights, dtype=torch.float32, device="cpu")  # looked at even where modules have no values
     if tensor.shape != (num_classes,):
         raise ValueError(f"class_weights needs {num_classes} numbers, given {tensor.numel()}")
     if not bool(((tensor >= 0) & tensor.isfinite()).all()):
         raise ValueError(f"class_weights must be finite and not negative, given {tensor.tolist()}")
-    return tensor
+    return torch.empty(num_classes, dtype=torch.float32).copy_(tensor)
 
 
 def void_label(ignore_index: int | None, num_classes: int) -> int:
@@ -114,9 +114,7 @@ def void_label(ignore_index: int | None, num_classes: int) -> int:
         ValueError: none given, and 255 is one of the classes.
     """
     if ignore_index is None and num_classes > VOID:
-        raise ValueError(
-            f"{VOID} is one of {num_classes} classes, so ignore_index must be given; one that is none is -100 or 65535"
-        )
+        raise ValueError(f"{VOID} is one of {num_classes} classes, so ignore_index must be given; -100 is never one")
     return VOID if ignore_index is None else whole("ignore_index", ignore_index)
 
 

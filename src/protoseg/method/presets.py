@@ -114,9 +114,12 @@ def number(name: str, value: Any) -> float:
     Raises:
         TypeError: it is none; names the argument.
     """
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, given {value!r}")
-    return float(value)
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # what NumPy and PyTorch say of several numbers
+        pass
+    raise TypeError(f"{name} must be a number, given {value!r}")
 
 
 def settle(preset: str, named: dict[str, Any]) -> dict[str, Any]:

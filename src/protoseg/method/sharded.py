@@ -84,7 +84,7 @@ class ShardedPrototypeHead(PrototypeHead):
         beginning = self._beginning()
         for name, value in beginning.items():
             if name in PER_CLASS:
-                beginning[name] = self._part_of_first(value)
+                beginning[name] = self._part_of_first(value.to(self.prototypes.device))
         self._begin(beginning)
 
     def extra_repr(self) -> str:

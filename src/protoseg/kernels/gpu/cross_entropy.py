@@ -88,7 +88,7 @@ def _same_size(
         cls = c + tl.arange(0, T)
         at = scores + cls.to(PLACE)[:, None] * stride + pixel[None]
         z = tl.load(at, mask=(cls < C)[:, None] & inside[None], other=0.0) * unit
-        others = (cls < C)[:, None] & (cls[:, None] != label[None])
+        others = (cls < C)[:, None] & ((cls[:, None] != label[None]) | (known == 0)[None])
         top, mass = _log_sum(top, mass, tl.where(others, z, -float("inf")))
     log_sum, lacking = _with_own(top, mass, tl.where(known, own, -float("inf")))
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(labelled, weight * (log_sum - own) * LN2, 0.0), 0))
@@ -151,7 +151,7 @@ def _label_log_sums(
         place = tl.minimum(cls, C - 1).to(PLACE)[:, None] * stride
         z = _mixed(upper, lower, place + left[None], down, unit)
         z += along[None] * (_mixed(upper, lower, place + right[None], down, unit) - z)
-        others = (cls < C)[:, None] & (cls[:, None] != label[None])
+        others = (cls < C)[:, None] & ((cls[:, None] != label[None]) | (known == 0)[None])
         top, mass = _log_sum(top, mass, tl.where(others, z, -float("inf")))
     place = tl.where(known, label, 0).to(PLACE) * stride
     own = _mixed(upper, lower, place + left, down, unit)
