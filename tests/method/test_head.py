@@ -12,6 +12,7 @@ from oracles import default as oracle
 from oracles.reference import unit
 from protoseg import kernels
 from protoseg.method.head import PrototypeHead
+from protoseg.method.prototypes import Memory
 from protoseg.models.softmax_head import SoftmaxHead
 
 QUICK = settings(max_examples=10, deadline=None, derandomize=True)
@@ -507,7 +508,7 @@ def test_a_cap_of_counts_is_positive(value):
 
 # --- whose memory, and in what ---------------------------------------------------------------------------------------
 
-MEMORY = ("prototypes", "weight", "length", "usage", "idle")
+MEMORY = Memory._fields
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -17,6 +17,7 @@ from protoseg.method.kmeans import kmeans_assignment
 from protoseg.method.losses import (
     Errors,
     Losses,
+    check_features,
     check_labels,
     draw_negatives,
     label_errors,
@@ -36,7 +37,6 @@ from protoseg.method.prototypes import (
     MomentumRule,
     Start,
     assigned_sums,
-    at_least_fp32,
     error_sums,
     errors_by_prototype,
     move_,
@@ -233,7 +233,7 @@ class PrototypeHead(nn.Module):
         """What no layer of the head holds, as it is before the first step."""
         shape = (self.num_classes, self.num_prototypes)
         weight = starting_weight(self.start, self.momentum, self.momentum_rule, self.count_cap)
-        dtype = at_least_fp32(torch.get_default_dtype())
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         weights = weights_of_classes(self._class_weights, self.num_classes)
         return {
             "log_scale": torch.tensor(math.log(self._score_scale)),
@@ -260,13 +260,15 @@ class PrototypeHead(nn.Module):
             getattr(self, name).copy_(value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PrototypeHead:
-        """`half()` and `bfloat16()` are for what learns: the memory stays in fp32 at least."""
+        """`half()` and `bfloat16()` are for what learns: the memory stays in fp32 at least. Less would lose steps of
+        1 - mu, and counts of thousands."""
         memory = {name: getattr(self, name) for name in Memory._fields}
         super()._apply(fn, recurse)
         for name, before in memory.items():
             now = getattr(self, name)
-            if now.dtype != at_least_fp32(now.dtype):
-                setattr(self, name, before.to(now.device, at_least_fp32(now.dtype)))
+            dtype = torch.promote_types(now.dtype, torch.float32)
+            if now.dtype != dtype:
+                setattr(self, name, before.to(now.device, dtype))
         return self
 
     def extra_repr(self) -> str:
@@ -280,8 +282,9 @@ class PrototypeHead(nn.Module):
         """`embed` before the unit length is taken, and whether the projection gave no more than half precision."""
         projected, layer_norm = self.projection(features), self.feature_norm
         if projected.shape[1] != self.embed_dim:  # of a projection that was put in the place of the head's own
-            given = f"{projected.shape[1]} channels"
-            raise ValueError(f"the projection gives {given}, the prototypes have {self.embed_dim}")
+            raise ValueError(
+                f"the projection gives {projected.shape[1]} channels, the prototypes have {self.embed_dim}"
+            )
         half = projected.dtype in (torch.bfloat16, torch.float16)
         if (self.projection_norm == "width" or layer_norm is not None) and kernels.normed_rows_apply():
             learned = (None, None, 0.0) if layer_norm is None else (layer_norm.weight, layer_norm.bias, layer_norm.eps)
@@ -309,7 +312,7 @@ class PrototypeHead(nn.Module):
         Raises:
             ValueError: features of another shape.
         """
-        B, h, w = self._sizes(features)
+        B, h, w = check_features(features, self.in_channels)
         raw, half = self._embed(features)
         with torch.autocast(features.device.type, enabled=False):
             scores = self._class_scores(raw, half)
@@ -334,7 +337,7 @@ class PrototypeHead(nn.Module):
         Raises:
             ValueError: features or labels of the wrong shape or type or, checked on the CPU only, labels out of range.
         """
-        B, h, w = self._sizes(features)
+        B, h, w = check_features(features, self.in_channels)
         check_labels(labels, len(features), self.num_classes, self.ignore_index)
         raw, half = self._embed(features)  # N D
         with torch.autocast(features.device.type, enabled=False):
@@ -442,12 +445,6 @@ class PrototypeHead(nn.Module):
     ) -> Losses:
         parts = {"loss": total.detach(), "ce": ce.detach(), "ppc": ppc.detach(), "ppd": ppd.detach()}
         return Losses(total, ce, ppc, ppd, assignment, embedding, moving, parts, errors)
-
-    def _sizes(self, features: Tensor) -> tuple[int, int, int]:
-        """B, h, w of (B, D', h, w) features."""
-        if features.dim() != 4 or features.shape[1] != self.in_channels:
-            raise ValueError(f"features must be (B, {self.in_channels}, h, w), given {tuple(features.shape)}")
-        return features.shape[0], features.shape[2], features.shape[3]
 
     @torch.no_grad()
     def update(self, losses: Losses | Sequence[Losses]) -> None:

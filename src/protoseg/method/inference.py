@@ -37,6 +37,7 @@ from protoseg.kernels import inference as kernel
 from protoseg.kernels import screening
 from protoseg.kernels.inference import Precision
 from protoseg.method.head import DEAD_SHARE, PromotedLayerNorm, PrototypeHead
+from protoseg.method.losses import check_features
 from protoseg.method.similarity import measured, unit
 
 BORDER = 0.25  # share of feature pixels at a border of classes; in CamVid's masks at stride 4 it is 0.22
@@ -345,8 +346,7 @@ class FrozenHead(nn.Module):
 
     def _prepared(self, features: Tensor) -> Tensor:
         """Features in the head's precision; those of a head with a norm along the width are projected here, whole."""
-        if features.dim() != 4 or features.shape[1] != self.in_channels:
-            raise ValueError(f"features must be (B, {self.in_channels}, h, w), given {tuple(features.shape)}")
+        check_features(features, self.in_channels)
         features = features.to(self.log_scale.dtype)
         if self.projection_norm != "width":
             return features

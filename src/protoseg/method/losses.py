@@ -69,6 +69,17 @@ class Losses:
         return cls(total=ce, ce=ce, ppc=zero, ppd=zero, parts={"ce": ce.detach(), "loss": ce.detach()})
 
 
+def check_features(features: Tensor, channels: int) -> tuple[int, int, int]:
+    """B, h, w of (B, channels, h, w) features.
+
+    Raises:
+        ValueError: features of another shape.
+    """
+    if features.dim() != 4 or features.shape[1] != channels:
+        raise ValueError(f"features must be (B, {channels}, h, w), given {tuple(features.shape)}")
+    return features.shape[0], features.shape[2], features.shape[3]
+
+
 def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int) -> None:
     """Refuse labels no loss can be taken of.
 

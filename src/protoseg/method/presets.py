@@ -103,9 +103,10 @@ def count(name: str, value: Any) -> int:
     Raises:
         TypeError, ValueError: it is none; names the argument.
     """
-    if whole(name, value) < 1:
+    value = whole(name, value)
+    if value < 1:
         raise ValueError(f"{name} must be at least 1, given {value}")
-    return whole(name, value)
+    return value
 
 
 def number(name: str, value: Any) -> float:

@@ -25,11 +25,6 @@ DEAD_SHARE = 0.1  # a prototype with less than this part of an equal share is id
 CACHED = 400_000  # numbers in one run of classes, see `_class_parts`
 
 
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """What the memory is kept in: steps of 1 - mu, and counts of thousands, are lost in half precision."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 class Memory(NamedTuple):
     """All that is remembered between steps.
 
@@ -55,7 +50,7 @@ def starting_vectors(num_classes: int, num_prototypes: int, dim: int, start: Sta
     a direction to every class and spreads its prototypes around it, so that the network is asked to part classes from
     the start but not the prototypes of one. `truncated_normal` is the 2022 code's start. In fp32 at least.
     """
-    dtype = at_least_fp32(torch.get_default_dtype())
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
     if start == "truncated_normal":
         vectors = nn.init.trunc_normal_(torch.empty(num_classes, num_prototypes, dim, dtype=dtype), std=0.02)
         return unit(vectors)

@@ -12,10 +12,10 @@ from torch import Tensor
 from protoseg.kernels.shards import Shard
 from protoseg.method import clustering, ranks
 from protoseg.method.head import DEAD_SHARE, PrototypeHead
-from protoseg.method.losses import Losses, check_labels
-from protoseg.method.prototypes import pairwise_cosine
+from protoseg.method.losses import Losses, check_features, check_labels
+from protoseg.method.prototypes import Memory, pairwise_cosine
 
-PER_CLASS = ("prototypes", "weight", "length", "usage", "idle")  # buffers whose rows are split over ranks
+PER_CLASS = Memory._fields  # buffers whose rows are split over ranks
 
 
 class ShardedPrototypeHead(PrototypeHead):
@@ -95,7 +95,7 @@ class ShardedPrototypeHead(PrototypeHead):
 
         Every rank must call it; without images, with B = 0. Sizes may differ.
         """
-        B, h, w = self._sizes(features)
+        B, h, w = check_features(features, self.in_channels)
         pixels = self._numbers([B * h * w], features.device)
         embedded, half = self._embed(features)
         raw = ranks.gathered(embedded, [n for (n,) in pixels])
@@ -110,7 +110,7 @@ class ShardedPrototypeHead(PrototypeHead):
             ValueError: labels of the wrong shape or type or, checked on the CPU only, out of range; another size than
                 on another rank.
         """
-        _, h, w = self._sizes(features)
+        _, h, w = check_features(features, self.in_channels)
         check_labels(labels, len(features), self.num_classes, self.ignore_index)
         images = self._images(features, labels)
         pixels = [n * h * w for n in images]
